@@ -1,0 +1,1 @@
+"""One running instance below a root directory: accounts, layout, supervision."""

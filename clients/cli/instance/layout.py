@@ -1,0 +1,57 @@
+"""Directories of an instance: who owns them, with which mode.
+
+Owns the tree below --root. Must not write into the store. Invariant: nobody but its
+owner can write a directory, and only a service's group can reach its sockets.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from bulkhead.config import SERVICES, Settings
+from clients.cli.instance.accounts import Account
+
+
+def ensure(settings: Settings, accounts: Mapping[str, Account], pool_dir: Path | None) -> None:
+    """Make or mend every directory; with no accounts all belong to the present user.
+
+    pool_dir is where the pool varlibqubes keeps its files (default: the state dir).
+    """
+    _directory(settings.root, 0o755)
+    for path in ("var", "var/lib", "var/log", "etc"):
+        _directory(settings.root / path, 0o755)
+    if not (settings.root / "run").exists():
+        _directory(settings.root / "run", 0o755)
+    _directory(settings.log_dir, 0o755)
+    _directory(settings.etc_dir, 0o755)
+    _directory(settings.bus_dir, 0o755)
+    # 0711: storage and firewall reach their own folders below but cannot list or write here.
+    _directory(settings.state_dir, 0o711, accounts.get("registry"))
+    pool = pool_dir or settings.state_dir
+    if pool != settings.state_dir:
+        _directory(pool, 0o711)
+    for name in ("appvms", "vm-templates"):
+        _directory(pool / name, 0o711, accounts.get("storage"))
+    kernels = settings.kernels_dir if pool == settings.state_dir else pool / "vm-kernels"
+    _directory(kernels, 0o711, accounts.get("storage"))
+    if pool != settings.state_dir:
+        # Quarantine and new prefixes are made by storage itself.
+        _own(pool, 0o711, accounts.get("storage"))
+    _directory(settings.rules_dir, 0o700, accounts.get("firewall"))
+    for service in (*SERVICES, "simhv", "libvirt"):
+        owner = accounts.get("domains" if service in ("simhv", "libvirt") else service)
+        _directory(settings.service_dir(service), 0o2710 if accounts else 0o700, owner)
+
+
+def _directory(path: Path, mode: int, owner: Account | None = None) -> None:
+    path.mkdir(mode=0o755, parents=True, exist_ok=True)
+    if owner is not None or path.stat().st_uid == os.getuid():
+        _own(path, mode, owner)
+
+
+def _own(path: Path, mode: int, owner: Account | None) -> None:
+    if owner is not None:
+        os.chown(path, owner.uid, owner.gid)
+    path.chmod(mode)
