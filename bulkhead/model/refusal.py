@@ -69,6 +69,7 @@ _ROWS: tuple[Reason, ...] = (
     Reason("INVALID_DEVICE", "INVALID_ARGUMENT", "a device argument breaks the rules"),
     Reason("INVALID_ASSIGNMENT_MODE", "INVALID_ARGUMENT", "not required, ask- or auto-attach"),
     Reason("INVALID_NOTES", "INVALID_ARGUMENT", "notes are not UTF-8 or too long"),
+    Reason("INVALID_RULE", "INVALID_ARGUMENT", "a firewall rule breaks the grammar"),
     Reason("KERNEL_NOT_INSTALLED", "FAILED_PRECONDITION", "kernel or its vmlinuz is missing"),
     Reason("LIMIT_REACHED", "RESOURCE_EXHAUSTED", "no free qid, dispid or queue place"),
     Reason("OPERATION_NOT_FOUND", "NOT_FOUND", "no such operation"),
