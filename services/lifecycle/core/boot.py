@@ -1,0 +1,576 @@
+"""What one boot of a qube needs, decided from the view: volumes, domain, network.
+
+Owns the translation of a qube's evaluated properties into the specs of storage,
+domains, firewall and hostd. Must not talk to any of them. Invariant: a spec carries
+one qube's view only, plus what its own netvm shows to its clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from bulkhead.model.evaluate import evaluate, kernel_command_line
+from bulkhead.model.features import feature
+from bulkhead.model.memory import memory_needed
+from bulkhead.model.records import Assignment, KernelFact, Pool, Qube, Run, Volume
+from bulkhead.model.refusal import Refusal
+from bulkhead.model.view import View
+
+# Targets by volume name; further volumes follow from xvde (domain-model 6.4).
+FIXED_TARGETS: Mapping[str, str] = {
+    "root": "xvda",
+    "private": "xvdb",
+    "volatile": "xvdc",
+    "kernel": "xvdd",
+}
+EXTRA_TARGETS = tuple(f"xvd{chr(c)}" for c in range(ord("e"), ord("y") + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeSpec:
+    """A declared volume with its pool's configuration."""
+
+    declared: Volume
+    pool: Pool
+
+
+@dataclass(frozen=True, slots=True)
+class BlockDevice:
+    """What storage handed out for one volume."""
+
+    name: str
+    path: str
+    rw: bool
+    devtype: str = "disk"
+    format: str = "raw"
+    block: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """Fields as in domains.proto DiskSpec."""
+
+    target: str
+    path: str
+    rw: bool
+    devtype: str = "disk"
+    format: str = "raw"
+    block: bool = False
+    backend: str = ""
+    backend_uuid: str = ""
+    script: bool = False
+    serial: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """Fields as in domains.proto InterfaceSpec."""
+
+    mac: str
+    ip: str
+    ip6: str
+    backend: str
+    backend_uuid: str
+    tap: str
+    gateway: str
+    netmask: str
+    dns: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Hostdev:
+    """Fields as in domains.proto HostdevSpec."""
+
+    domain: int
+    bus: int
+    slot: int
+    function: int
+    permissive: bool
+    no_strict_reset: bool
+    power_management_filtering_off: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Emulator:
+    """Fields as in domains.proto EmulatorSpec."""
+
+    linux_stubdom: bool
+    full_image: bool
+    memory_mib: int
+    audiovm_xid: int
+    extra_args: str
+    debug: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """Fields as in domains.proto DomainSpec."""
+
+    uuid: str
+    name: str
+    boot_id: str
+    epoch: int
+    virt_mode: str
+    memory_mib: int
+    maxmem_mib: int
+    hotplug: bool
+    vcpus: int
+    kernel: str
+    initramfs: str
+    cmdline: str
+    has_pci: bool
+    e820_host: bool
+    rdrand_disable: bool
+    uefi: bool
+    timezone: str
+    audio_model: str
+    video_model: str
+    gui_domain: str
+    debug: bool
+    disks: tuple[Disk, ...] = ()
+    interfaces: tuple[Interface, ...] = ()
+    hostdevs: tuple[Hostdev, ...] = ()
+    emulator: Emulator | None = None
+    console_log: str = ""
+    qid: int = 0
+    network_namespace: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A running qube's network: which netvm, through which interface."""
+
+    netvm: Qube
+    ip: str
+    ip6: str
+    mac: str
+    gateway: str
+    gateway6: str
+
+
+@dataclass(frozen=True, slots=True)
+class GuestKeys:
+    """Keys to write and subtrees to remove, in order."""
+
+    write: tuple[tuple[str, str], ...]
+    remove: tuple[str, ...] = field(default=())
+
+
+def pool_of(view: View, volume: Volume) -> Pool:
+    """The pool of a declared volume. Refusal POOL_NOT_FOUND when it is gone."""
+    pool = view.pools.get(volume.pool)
+    if pool is None:
+        raise Refusal(
+            "POOL_NOT_FOUND",
+            f"volume {volume.vid or volume.name} is in pool {volume.pool}, which does not exist",
+            volume=volume.name,
+            pool=volume.pool,
+        )
+    return pool
+
+
+def volume_specs(view: View, qube: Qube) -> tuple[VolumeSpec, ...]:
+    """The qube's volumes in order; the kernel volume's vid follows the kernel property."""
+    specs = []
+    for volume in qube.volumes:
+        specs.append(VolumeSpec(live_volume(view, qube, volume), pool_of(view, volume)))
+    return tuple(specs)
+
+
+def live_volume(view: View, qube: Qube, volume: Volume) -> Volume:
+    """The volume as storage shall see it now: a kernel volume's vid is the kernel's name."""
+    if volume.name != "kernel":
+        return volume
+    from dataclasses import replace
+
+    return replace(volume, vid=text(evaluate(view, qube, "kernel")))
+
+
+def source_specs(view: View, qube: Qube) -> tuple[VolumeSpec, ...]:
+    """Declared state of the volumes that the qube's snapshot volumes start from."""
+    found: dict[tuple[str, str], VolumeSpec] = {}
+    for volume in qube.volumes:
+        if not volume.snap_on_start or not volume.source:
+            continue
+        owner = view.vid_owner(volume.pool, volume.source)
+        declared = None
+        if owner is not None:
+            declared = next(
+                (v for v in owner.volumes if v.pool == volume.pool and v.vid == volume.source), None
+            )
+        if declared is None:
+            raise Refusal(
+                "VOLUME_NOT_FOUND",
+                f"volume {volume.name} of {qube.name} starts from {volume.source} in pool "
+                f"{volume.pool}, which no qube owns; set the template again",
+                qube=qube.name,
+                volume=volume.name,
+                source=volume.source,
+            )
+        found[volume.pool, volume.source] = VolumeSpec(declared, pool_of(view, declared))
+    return tuple(found.values())
+
+
+def source_owners(view: View, qube: Qube) -> tuple[str, ...]:
+    """uuids of the qubes whose volumes this qube's snapshots come from."""
+    owners: dict[str, None] = {}
+    for volume in qube.volumes:
+        if volume.snap_on_start and volume.source:
+            owner = view.vid_owner(volume.pool, volume.source)
+            if owner is not None:
+                owners[owner.uuid] = None
+    return tuple(owners)
+
+
+def netvm(view: View, qube: Qube) -> Qube | None:
+    """The qube's netvm, None without one (also for classes that have no such property)."""
+    if qube.klass in ("AdminVM", "RemoteVM"):
+        return None
+    name = text(evaluate(view, qube, "netvm"))
+    return view.qube(name) if name else None
+
+
+def link(view: View, qube: Qube) -> Link | None:
+    """Addresses of the qube behind its netvm, None without a netvm."""
+    backend = netvm(view, qube)
+    if backend is None:
+        return None
+    return Link(
+        netvm=backend,
+        ip=text(evaluate(view, qube, "ip")),
+        ip6=text(evaluate(view, qube, "ip6")),
+        mac=text(evaluate(view, qube, "mac")),
+        gateway=text(evaluate(view, backend, "gateway")),
+        gateway6=text(evaluate(view, backend, "gateway6")),
+    )
+
+
+def is_namespace_netvm(view: View, qube: Qube) -> bool:
+    """True where the qube runs as a network namespace instead of a guest (no Xen)."""
+    host = view.host
+    if host is None or host.hypervisor in ("xen", "sim"):
+        return False
+    return bool(evaluate(view, qube, "provides_network"))
+
+
+def namespaces_in_use(view: View) -> bool:
+    """True where qubes are plugged with taps into namespaces: QEMU or KVM."""
+    host = view.host
+    return host is not None and host.hypervisor in ("kvm", "qemu")
+
+
+def memory_bytes(view: View, qube: Qube) -> int:
+    """Bytes of host memory to reserve for a start (domain-model 5.3)."""
+    return memory_needed(view, qube)
+
+
+def text(value: object) -> str:
+    """Evaluated value as text; None is ""."""
+    if value is None:
+        return ""
+    if isinstance(value, tuple | list):
+        return " ".join(str(v) for v in value)
+    return str(value)
+
+
+def number(value: object, default: int = 0) -> int:
+    """Evaluated value as int; None is the default."""
+    return int(str(value)) if value is not None and str(value) != "" else default
+
+
+def pci_assignments(qube: Qube) -> tuple[Assignment, ...]:
+    """Assigned PCI devices, any mode."""
+    return tuple(a for a in qube.devices if a.devclass == "pci")
+
+
+def required(qube: Qube, devclass: str) -> tuple[Assignment, ...]:
+    """Required assignments of one class: they are part of the start configuration."""
+    return tuple(a for a in qube.devices if a.devclass == devclass and a.mode == "required")
+
+
+def missing_devices(view: View, qube: Qube) -> tuple[Assignment, ...]:
+    """Required assignments that no present device satisfies (start step "devices")."""
+    absent = []
+    for assignment in qube.devices:
+        if assignment.mode != "required":
+            continue
+        backends = (
+            list(view.qubes())
+            if assignment.backend == "*"
+            else [q for q in (view.qube(assignment.backend),) if q is not None]
+        )
+        if not any(
+            fact.devclass == assignment.devclass
+            and assignment.port in ("*", fact.port)
+            and assignment.identity in ("*", fact.device_id)
+            and "?******" not in fact.device_id
+            for backend in backends
+            for fact in view.devices_of(backend.uuid)
+        ):
+            absent.append(assignment)
+    return tuple(absent)
+
+
+def domain(
+    view: View,
+    qube: Qube,
+    *,
+    epoch: int,
+    devices: Sequence[BlockDevice],
+    tap: str = "",
+    console_log: str = "",
+) -> Domain:
+    """The domain of one boot. devices come from storage.Start, in volume order.
+
+    Refusal KERNEL_NOT_INSTALLED when the kernel vanished since it was set.
+    """
+    kernel_name = text(evaluate(view, qube, "kernel"))
+    virt_mode = text(evaluate(view, qube, "virt_mode"))
+    kernel = view.kernel(kernel_name) if kernel_name else None
+    if kernel_name and (kernel is None or not kernel.has_vmlinuz):
+        raise Refusal(
+            "KERNEL_NOT_INSTALLED",
+            f"kernel {kernel_name} of {qube.name} is not installed; install it or set another one",
+            qube=qube.name,
+            kernel=kernel_name,
+        )
+    pci = pci_assignments(qube)
+    template_feature = _template_feature(view, qube)
+    maxmem = number(evaluate(view, qube, "maxmem"))
+    host = view.host
+    return Domain(
+        uuid=qube.uuid,
+        name=qube.name,
+        boot_id=qube.run.boot_id,
+        epoch=epoch,
+        virt_mode=virt_mode,
+        memory_mib=number(evaluate(view, qube, "memory")),
+        maxmem_mib=maxmem,
+        hotplug=_hotplug(view, qube, virt_mode, kernel),
+        vcpus=number(evaluate(view, qube, "vcpus"), 1),
+        kernel=_vmlinuz(view, virt_mode, kernel),
+        initramfs=f"{kernel.directory}/initramfs" if kernel and kernel.has_initramfs else "",
+        cmdline=kernel_command_line(view, qube) if kernel_name else "",
+        has_pci=bool(pci),
+        e820_host=bool(pci) and feature(view, qube, "pci-e820-host", "plain", "1") != "",
+        rdrand_disable=host is not None and host.cpu_family_model in ("6/58", "6/62"),
+        uefi=bool(template_feature("uefi", "")),
+        timezone=template_feature("timezone", ""),
+        audio_model=template_feature("audio-model", ""),
+        video_model=template_feature("video-model", "vga"),
+        gui_domain=_gui_domain(view, qube),
+        debug=bool(evaluate(view, qube, "debug")),
+        disks=(*_disks(view, qube, devices), *_block_disks(view, qube, kernel_name)),
+        interfaces=_interfaces(view, qube, tap),
+        hostdevs=_hostdevs(view, qube),
+        emulator=_emulator(view, qube) if virt_mode == "hvm" else None,
+        console_log=console_log,
+        qid=qube.qid,
+        network_namespace=is_namespace_netvm(view, qube),
+    )
+
+
+class _TemplateFeature:
+    """feature-with-template look-up bound to one qube."""
+
+    def __init__(self, view: View, qube: Qube) -> None:
+        self._view = view
+        self._qube = qube
+
+    def __call__(self, name: str, default: str) -> str:
+        return feature(self._view, self._qube, name, "template", default) or ""
+
+
+def _template_feature(view: View, qube: Qube) -> _TemplateFeature:
+    return _TemplateFeature(view, qube)
+
+
+def _vmlinuz(view: View, virt_mode: str, kernel: KernelFact | None) -> str:
+    if kernel is not None:
+        return f"{kernel.directory}/vmlinuz"
+    # In-VM kernels of pv and pvh start through a grub that is installed like a kernel.
+    grub = {"pvh": "pvgrub2-pvh", "pv": "pvgrub2"}.get(virt_mode, "")
+    loader = view.kernel(grub) if grub else None
+    return f"{loader.directory}/vmlinuz" if loader is not None else ""
+
+
+def _hotplug(view: View, qube: Qube, virt_mode: str, kernel: KernelFact | None) -> bool:
+    host = view.host
+    if host is None or host.hypervisor != "xen":
+        return False
+    decided = feature(view, qube, "memory-hotplug", "template", None)
+    if decided is not None:
+        return bool(decided)
+    if virt_mode == "hvm":
+        return False
+    if kernel is not None:
+        return kernel.memory_hotplug
+    return bool(feature(view, qube, "supported-feature.memory-hotplug", "template", ""))
+
+
+def _gui_domain(view: View, qube: Qube) -> str:
+    name = text(evaluate(view, qube, "guivm"))
+    gui = view.qube(name) if name else None
+    if gui is None or gui.klass == "AdminVM":
+        return ""
+    power = view.power(gui.uuid)
+    running = power is not None and power.boot_id == gui.run.boot_id and power.xid >= 0
+    return gui.name if running else ""
+
+
+def _disks(view: View, qube: Qube, devices: Sequence[BlockDevice]) -> tuple[Disk, ...]:
+    extra = iter(EXTRA_TARGETS)
+    disks = []
+    for device in devices:
+        target = FIXED_TARGETS.get(device.name) or next(extra, "")
+        if not target:
+            raise Refusal(
+                "QUBE_ERROR", f"{qube.name} has more volumes than device names", qube=qube.name
+            )
+        disks.append(
+            Disk(
+                target=target,
+                path=device.path,
+                rw=device.rw,
+                devtype=device.devtype,
+                format=device.format,
+                block=device.block,
+                script=view.host is not None and view.host.hypervisor == "xen",
+                serial=device.name,
+            )
+        )
+    return tuple(disks)
+
+
+def _block_disks(view: View, qube: Qube, kernel_name: str) -> tuple[Disk, ...]:
+    free = iter(f"xvd{chr(c)}" for c in range(ord("i"), ord("z") + 1))
+    disks = []
+    for assignment in required(qube, "block"):
+        backend = view.qube(assignment.backend)
+        devtype = assignment.options.get("devtype", "disk")
+        target = assignment.options.get("frontend-dev", "")
+        if not target:
+            target = "xvdd" if devtype == "cdrom" and not kernel_name else next(free)
+        is_host = backend is None or backend.klass == "AdminVM"
+        disks.append(
+            Disk(
+                target=target,
+                path="/dev/" + assignment.port.replace("_", "/"),
+                rw=assignment.options.get("read-only") != "yes",
+                devtype=devtype,
+                block=True,
+                backend="" if is_host or backend is None else backend.name,
+                backend_uuid="" if is_host or backend is None else backend.uuid,
+                script=is_host or _agent_at_least(view, backend, "4.2"),
+            )
+        )
+    return tuple(disks)
+
+
+def _agent_at_least(view: View, backend: Qube | None, version: str) -> bool:
+    if backend is None:
+        return True
+    said = feature(view, backend, "qubes-agent-version", "template", "4.1") or "4.1"
+    try:
+        return tuple(map(int, said.split("."))) >= tuple(map(int, version.split(".")))
+    except ValueError:
+        return False
+
+
+def _interfaces(view: View, qube: Qube, tap: str) -> tuple[Interface, ...]:
+    where = link(view, qube)
+    if where is None:
+        return ()
+    return (
+        Interface(
+            mac=where.mac,
+            ip=where.ip,
+            ip6=where.ip6,
+            backend=where.netvm.name,
+            backend_uuid=where.netvm.uuid,
+            tap=tap,
+            gateway=where.gateway,
+            netmask="255.255.255.255",
+            dns=tuple(text(evaluate(view, qube, "dns")).split()),
+        ),
+    )
+
+
+def _hostdevs(view: View, qube: Qube) -> tuple[Hostdev, ...]:
+    filtering_off = bool(feature(view, view.adminvm, "suspend-s0ix", "plain", ""))
+    found = []
+    for assignment in required(qube, "pci"):
+        fact = next(
+            (
+                f
+                for f in view.devices_of(view.adminvm.uuid)
+                if f.devclass == "pci"
+                and assignment.port in ("*", f.port)
+                and assignment.identity in ("*", f.device_id)
+            ),
+            None,
+        )
+        address = fact.data.get("sbdf", "") if fact is not None else ""
+        try:
+            segment, bus, rest = address.split(":")
+            slot, function = rest.split(".")
+            found.append(
+                Hostdev(
+                    domain=int(segment, 16),
+                    bus=int(bus, 16),
+                    slot=int(slot, 16),
+                    function=int(function, 16),
+                    permissive=_truthy(assignment.options.get("permissive", "")),
+                    no_strict_reset=_truthy(assignment.options.get("no-strict-reset", "")),
+                    power_management_filtering_off=filtering_off,
+                )
+            )
+        except ValueError as error:
+            raise Refusal(
+                "DEVICE_UNKNOWN",
+                f"PCI device {assignment.port} of {qube.name} has no address now",
+                qube=qube.name,
+                device=assignment.port,
+            ) from error
+    return tuple(found)
+
+
+def _truthy(option: str) -> bool:
+    # 4.4 takes any non-empty text, "False" included, for true; only true words count here.
+    return option.strip().lower() in ("1", "yes", "true", "on")
+
+
+def _emulator(view: View, qube: Qube) -> Emulator:
+    look = _template_feature(view, qube)
+    audiovm = view.qube(text(evaluate(view, qube, "audiovm")))
+    xid = -1
+    if audiovm is not None:
+        if audiovm.klass == "AdminVM":
+            xid = 0
+        else:
+            power = view.power(audiovm.uuid)
+            if power is not None and power.boot_id == audiovm.run.boot_id:
+                xid = power.xid
+    return Emulator(
+        linux_stubdom=look("linux-stubdom", "1") != "",
+        full_image=bool(look("audio-model", "") or look("stubdom-qrexec", "")),
+        memory_mib=number(evaluate(view, qube, "stubdom_mem")),
+        audiovm_xid=xid,
+        extra_args=look("qemu-extra-args", "").strip(),
+        debug=bool(evaluate(view, qube, "debug")),
+    )
+
+
+def is_running(view: View, qube: Qube) -> bool:
+    """The qube's present boot is past its start (or it is dom0 or remote)."""
+    from bulkhead.model.records import Phase
+
+    if qube.klass in ("AdminVM", "RemoteVM"):
+        return True
+    return qube.run.phase is Phase.UP
+
+
+def same_boot(qube: Qube | None, run: Run) -> bool:
+    """The record still is in the boot that an operation works for."""
+    return qube is not None and qube.run.boot_id == run.boot_id

@@ -1,0 +1,573 @@
+"""The steps of START, in the order of the operation table.
+
+Owns which participant does what when a qube starts. Must not decide order, retries or
+undo. Invariant: nothing of the guest runs before its rules are in place, and every
+forward() and undo() may be repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from bulkhead.api import domains_pb2, firewall_pb2, hostd_pb2, storage_pb2
+from bulkhead.model.evaluate import evaluate
+from bulkhead.model.features import feature
+from bulkhead.model.records import OperationState, Phase, Problem, Qube
+from bulkhead.model.specs import StartSpec
+from services.lifecycle.core import boot, guest_keys
+from services.lifecycle.executor import Outcome, StepContext, StepFailed
+from services.lifecycle.participants import block_device, domain_message, volume_messages
+
+NETVM_TIMEOUT_S = 3600.0
+CALL_TIMEOUT_S = 30.0
+STORAGE_TIMEOUT_S = 120.0
+DOMAIN_TIMEOUT_S = 120.0
+
+
+def subject(context: StepContext) -> Qube:
+    """The qube that the operation works for. StepFailed when its record is gone."""
+    qube = context.view.by_uuid_any(context.operation.subjects[0])
+    if qube is None:
+        raise StepFailed(
+            Problem("NOT_FOUND", "QUBE_NOT_FOUND", "the qube's record is gone",
+                    {"uuid": context.operation.subjects[0]})
+        )  # fmt: skip
+    return qube
+
+
+def boot_id(context: StepContext) -> str:
+    """Boot id of the operation: kept in its data, since the record's may be newer."""
+    kept = context.operation.data.get("boot_id", "")
+    return kept or subject(context).run.boot_id
+
+
+def boot_ref(context: StepContext) -> domains_pb2.BootRef:
+    """This boot, for domains."""
+    return domains_pb2.BootRef(uuid=context.operation.subjects[0], boot_id=boot_id(context))
+
+
+def running_boot(qube: Qube) -> domains_pb2.BootRef:
+    """Another qube's present boot, for domains."""
+    return domains_pb2.BootRef(uuid=qube.uuid, boot_id=qube.run.boot_id)
+
+
+class Verify:
+    """Volumes exist and are sound."""
+
+    async def forward(self, context: StepContext) -> Outcome:
+        qube = subject(context)
+        await context.participants.storage.verify(
+            storage_pb2.VerifyRequest(
+                owner=qube.uuid, volumes=volume_messages(boot.volume_specs(context.view, qube))
+            ),
+            timeout=CALL_TIMEOUT_S,
+            context=context.call(),
+        )
+        return Outcome()
+
+    async def undo(self, context: StepContext) -> None:
+        """Nothing was changed."""
+
+
+class Devices:
+    """Required devices are present."""
+
+    async def forward(self, context: StepContext) -> Outcome:
+        qube = subject(context)
+        for assignment in boot.missing_devices(context.view, qube):
+            raise StepFailed(
+                Problem(
+                    "NOT_FOUND",
+                    "DEVICE_UNKNOWN",
+                    f"required device {assignment.backend}:{assignment.port} "
+                    f"({assignment.devclass}) of {qube.name} is not available",
+                    {"qube": qube.name, "device": f"{assignment.backend}:{assignment.port}"},
+                )
+            )
+        return Outcome()
+
+    async def undo(self, context: StepContext) -> None:
+        """Nothing was changed."""
+
+
+class Netvm:
+    """The netvm runs: started by an operation of its own, which this one waits for."""
+
+    async def forward(self, context: StepContext) -> Outcome:
+        qube = subject(context)
+        while True:
+            backend = boot.netvm(context.view, qube)
+            if backend is None or boot.is_running(context.view, backend):
+                return Outcome()
+            if backend.run.phase is Phase.STOPPING:
+                await context.executor.changed(1.0)
+                continue
+            call = context.call(f"netvm/{backend.uuid}")
+            operation, _, _ = await context.executor.begin(StartSpec(backend.name), call)
+            try:
+                ended = await context.executor.finished(operation, NETVM_TIMEOUT_S)
+            except TimeoutError as error:
+                raise StepFailed(_netvm_problem(qube, backend, "it takes too long")) from error
+            if ended.state is not OperationState.SUCCEEDED:
+                why = ended.error.message if ended.error is not None else ended.state.value
+                raise StepFailed(_netvm_problem(qube, backend, why))
+            if not boot.is_running(context.view, context.view.by_uuid_any(backend.uuid) or backend):
+                await context.executor.changed(1.0)
+                context.attempt += 1
+
+    async def undo(self, context: StepContext) -> None:
+        """A netvm that was started for this stays: others may use it by now."""
+
+
+def _netvm_problem(qube: Qube, backend: Qube, why: str) -> Problem:
+    return Problem(
+        "FAILED_PRECONDITION",
+        "QUBE_ERROR",
+        f"netvm {backend.name} of {qube.name} did not start: {why}",
+        {"qube": qube.name, "netvm": backend.name},
+    )
+
+
+class Memory:
+    """Host memory is set aside under the boot id."""
+
+    async def forward(self, context: StepContext) -> Outcome:
+        qube = subject(context)
+        if boot.is_namespace_netvm(context.view, qube):
+            return Outcome()
+        await context.participants.domains.reserve_memory(
+            domains_pb2.ReserveMemoryRequest(
+                boot_id=boot_id(context), bytes=boot.memory_bytes(context.view, qube)
+            ),
+            timeout=60.0,
+            context=context.call(),
+        )
+        return Outcome()
+
+    async def undo(self, context: StepContext) -> None:
+        await context.participants.domains.reserve_memory(
+            domains_pb2.ReserveMemoryRequest(boot_id=boot_id(context), release=True),
+            timeout=CALL_TIMEOUT_S,
+            context=context.call("release"),
+        )
+
+
+class Storage:
+    """Volumes are made ready for this boot."""
+
+    async def forward(self, context: StepContext) -> Outcome:
+        qube = subject(context)
+        _refuse_shared_sources(context, qube)
+        reply = await context.participants.storage.start(
+            storage_pb2.StartVolumesRequest(
+                owner=qube.uuid,
+                boot_id=boot_id(context),
+                qube=qube.name,
+                volumes=volume_messages(boot.volume_specs(context.view, qube)),
+                sources=volume_messages(boot.source_specs(context.view, qube)),
+            ),
+            timeout=STORAGE_TIMEOUT_S,
+            context=context.call(),
+        )
+        devices = [asdict(block_device(device)) for device in reply.devices]
+        return Outcome(data={"devices": json.dumps(devices)})
+
+    async def undo(self, context: StepContext) -> None:
+        await stop_volumes(context, subject(context))
+
+
+def _refuse_shared_sources(context: StepContext, qube: Qube) -> None:
+    """A source without snapshots cannot be in use by its own qube at the same time."""
+    for volume in qube.volumes:
+        if not volume.snap_on_start or not volume.source:
+            continue
+        owner = context.view.vid_owner(volume.pool, volume.source)
+        if owner is None or owner.run.phase is Phase.HALTED:
+            continue
+        source = next((v for v in owner.volumes if v.vid == volume.source), None)
+        if source is not None and source.snapshots_disabled:
+            raise StepFailed(
+                Problem(
+                    "FAILED_PRECONDITION",
+                    "QUBE_ERROR",
+                    f"volume {volume.name} of {qube.name} starts from {volume.source}, which "
+                    f"keeps no snapshots and is in use by {owner.name}; stop {owner.name} first",
+                    {"qube": qube.name, "volume": volume.name, "source": owner.name},
+                )
+            )
+
+
+async def stop_volumes(context: StepContext, qube: Qube) -> None:
+    """Commit or discard the volumes of this boot."""
+    await context.participants.storage.stop(
+        storage_pb2.StopVolumesRequest(
+            owner=qube.uuid,
+            boot_id=boot_id(context),
+            qube=qube.name,
+            volumes=volume_messages(boot.volume_specs(context.view, qube)),
+        ),
+        timeout=STORAGE_TIMEOUT_S,
+        context=context.call("stop"),
+    )
+
+
+class Plug:
+    """The tap exists; it moves into the netvm's namespace once the rules are there."""
+
+    async def forward(self, context: StepContext) -> Outcome:
+        qube = subject(context)
+        if not boot.namespaces_in_use(context.view):
+            return Outcome()
+        hostd = context.participants.hostd
+        if boot.is_namespace_netvm(context.view, qube):
+            return Outcome()
+        if boot.netvm(context.view, qube) is None:
+            return Outcome()
+        if hostd is None:
+            raise StepFailed(
+                Problem(
+                    "FAILED_PRECONDITION",
+                    "QUBE_ERROR",
+                    f"{qube.name} has a netvm, and without root no network can be enforced here; "
+                    "set its netvm to none",
+                    {"qube": qube.name},
+                )
+            )
+        reply = await hostd.ensure_tap(
+            hostd_pb2.EnsureTapRequest(qid=qube.qid),
+            timeout=CALL_TIMEOUT_S,
+            context=context.call(),
+        )
+        return Outcome(data={"tap": reply.tap})
+
+    async def undo(self, context: StepContext) -> None:
+        await unplug(context, subject(context))
+
+
+async def unplug(context: StepContext, qube: Qube) -> None:
+    """Take the tap away, wherever it is."""
+    hostd = context.participants.hostd
+    if hostd is None or not boot.namespaces_in_use(context.view):
+        return
+    await hostd.unplug(
+        hostd_pb2.UnplugRequest(qid=qube.qid, delete_tap=True),
+        timeout=CALL_TIMEOUT_S,
+        context=context.call("unplug"),
+    )
+
+
+class PreSpawn:
+    """The netvm that is a guest learns of its new client before the client exists."""
+
+    async def forward(self, context: StepContext) -> Outcome:
+        qube = subject(context)
+        backend = boot.netvm(context.view, qube)
+        if backend is None or not _is_guest(context, backend):
+            return Outcome()
+        connected = guest_keys.connected_tree(context.view, backend)
+        mapped = guest_keys.mapped_tree(context.view, qube)
+        await context.participants.domains.write_guest_keys(
+            domains_pb2.WriteGuestKeysRequest(
+                boot=running_boot(backend),
+                keys=[
+                    domains_pb2.GuestKey(path=path, value=value)
+                    for path, value in (*connected.write, *mapped.write)
+                ],
+                removed=list(mapped.remove),
+            ),
+            timeout=CALL_TIMEOUT_S,
+            context=context.call(),
+        )
+        return Outcome()
+
+    async def undo(self, context: StepContext) -> None:
+        """connected-ips names all configured clients, running or not: nothing to take back."""
+
+
+def _is_guest(context: StepContext, backend: Qube) -> bool:
+    """The netvm has guest keys: it is neither dom0 nor a namespace."""
+    return backend.klass != "AdminVM" and not boot.is_namespace_netvm(context.view, backend)
+
+
+class CreatePaused:
+    """The domain exists, paused."""
+
+    async def forward(self, context: StepContext) -> Outcome:
+        qube = subject(context)
+        devices = [
+            boot.BlockDevice(**device)
+            for device in json.loads(context.operation.data.get("devices", "[]"))
+        ]
+        domain = boot.domain(
+            context.view,
+            qube,
+            epoch=context.epoch,
+            devices=devices,
+            tap=context.operation.data.get("tap", ""),
+        )
+        await context.participants.domains.create_paused(
+            domains_pb2.CreatePausedRequest(spec=domain_message(domain)),
+            timeout=DOMAIN_TIMEOUT_S,
+            context=context.call(),
+        )
+        return Outcome()
+
+    async def undo(self, context: StepContext) -> None:
+        await context.participants.domains.destroy(
+            domains_pb2.DestroyDomainRequest(boot=boot_ref(context)),
+            timeout=CALL_TIMEOUT_S,
+            context=context.call("destroy"),
+        )
+
+
+class GuestKeys:
+    """The guest's keys are written before it runs."""
+
+    async def forward(self, context: StepContext) -> Outcome:
+        qube = subject(context)
+        tree = guest_keys.boot_tree(
+            context.view, qube, timezone=host_timezone(), seed=os.urandom(64)
+        )
+        await context.participants.domains.write_guest_keys(
+            domains_pb2.WriteGuestKeysRequest(
+                boot=boot_ref(context),
+                replace_all=True,
+                keys=[domains_pb2.GuestKey(path=path, value=value) for path, value in tree.write],
+            ),
+            timeout=CALL_TIMEOUT_S,
+            context=context.call(),
+        )
+        return Outcome()
+
+    async def undo(self, context: StepContext) -> None:
+        """The keys end with the domain."""
+
+
+def host_timezone() -> str:
+    """Olson name of the host's zone, "" when it cannot be told."""
+    try:
+        name = Path("/etc/timezone").read_text().strip()
+        if name:
+            return name
+    except OSError:
+        pass
+    target = os.path.realpath("/etc/localtime")
+    return target.split("/zoneinfo/", 1)[1] if "/zoneinfo/" in target else ""
+
+
+class Firewall:
+    """Rules first, then the tap into the netvm's namespace."""
+
+    async def forward(self, context: StepContext) -> Outcome:
+        qube = subject(context)
+        view = context.view
+        if boot.is_namespace_netvm(view, qube):
+            await _raise_netvm(context, qube)
+        link = boot.link(view, qube)
+        if link is None:
+            return Outcome()
+        await apply_rules(context, qube, link)
+        if boot.is_namespace_netvm(view, link.netvm) and not boot.is_namespace_netvm(view, qube):
+            await plug(context, qube, link)
+        return Outcome()
+
+    async def undo(self, context: StepContext) -> None:
+        await withdraw(context, subject(context))
+
+
+async def _raise_netvm(context: StepContext, qube: Qube) -> None:
+    """The namespace has its enforce worker and base drop before any client arrives."""
+    hostd = context.participants.hostd
+    assert hostd is not None  # a namespace exists only where hostd runs
+    uplink = hostd_pb2.EnsureUplinkRequest(qid=qube.qid)
+    link = boot.link(context.view, qube)
+    if link is not None:
+        uplink.uplink_qid = link.netvm.qid
+        uplink.ip, uplink.gateway = link.ip, link.gateway
+    else:
+        uplink.uplink_namespace = context.executor.uplink_namespace
+    if link is not None or context.executor.uplink_namespace:
+        reply = await hostd.ensure_uplink(
+            uplink, timeout=CALL_TIMEOUT_S, context=context.call("uplink")
+        )
+        interface = reply.interface
+    else:
+        interface = ""
+    await context.participants.firewall.netvm_up(
+        firewall_pb2.NetvmUpRequest(
+            uuid=qube.uuid,
+            boot_id=boot_id(context),
+            namespace=await namespace_of(context, qube),
+            uplink=interface,
+        ),
+        timeout=CALL_TIMEOUT_S,
+        context=context.call("netvm"),
+    )
+
+
+async def namespace_of(context: StepContext, qube: Qube) -> str:
+    """Name of a network qube's namespace, which hostd makes when it is not there."""
+    hostd = context.participants.hostd
+    if hostd is None or not boot.is_namespace_netvm(context.view, qube):
+        return ""
+    reply = await hostd.ensure_namespace(
+        hostd_pb2.EnsureNamespaceRequest(qid=qube.qid),
+        timeout=CALL_TIMEOUT_S,
+        context=context.call(f"namespace/{qube.qid}"),
+    )
+    return reply.namespace
+
+
+async def apply_rules(context: StepContext, qube: Qube, link: boot.Link) -> None:
+    """The qube's rules are in the kernel, or in the guest netvm's keys."""
+    reply = await context.participants.firewall.apply(
+        firewall_pb2.ApplyRequest(
+            target=firewall_pb2.FirewallTarget(
+                uuid=qube.uuid,
+                qube=qube.name,
+                boot_id=boot_id(context),
+                netvm_uuid=link.netvm.uuid,
+                namespace=await namespace_of(context, link.netvm),
+                interface=context.operation.data.get("tap", ""),
+                ip=link.ip,
+                ip6=link.ip6,
+            )
+        ),
+        timeout=CALL_TIMEOUT_S,
+        context=context.call("apply"),
+    )
+    if reply.guest_keys and _is_guest(context, link.netvm):
+        await context.participants.domains.write_guest_keys(
+            domains_pb2.WriteGuestKeysRequest(
+                boot=running_boot(link.netvm),
+                removed=[f"/qubes-firewall/{ip}/" for ip in (link.ip, link.ip6) if ip],
+                keys=[
+                    domains_pb2.GuestKey(path=path, value=value)
+                    for path, _, value in (key.partition("=") for key in reply.guest_keys)
+                ],
+            ),
+            timeout=CALL_TIMEOUT_S,
+            context=context.call("rules"),
+        )
+
+
+async def plug(context: StepContext, qube: Qube, link: boot.Link) -> None:
+    """The tap is in the netvm's namespace, with routes for the qube's address alone."""
+    hostd = context.participants.hostd
+    assert hostd is not None
+    await hostd.plug(
+        hostd_pb2.PlugRequest(
+            qid=qube.qid,
+            netvm_qid=link.netvm.qid,
+            ip=link.ip,
+            gateway=link.gateway,
+            ip6=link.ip6,
+            gateway6=link.gateway6,
+            mac=link.mac,
+        ),
+        timeout=CALL_TIMEOUT_S,
+        context=context.call("plug"),
+    )
+
+
+async def withdraw(context: StepContext, qube: Qube) -> None:
+    """No rules of this boot are left in the kernel; a namespace netvm's worker ends."""
+    await context.participants.firewall.withdraw(
+        firewall_pb2.WithdrawRequest(uuid=qube.uuid, boot_id=boot_id(context)),
+        timeout=CALL_TIMEOUT_S,
+        context=context.call("withdraw"),
+    )
+    if boot.is_namespace_netvm(context.view, qube):
+        await context.participants.firewall.netvm_down(
+            firewall_pb2.NetvmDownRequest(uuid=qube.uuid, boot_id=boot_id(context)),
+            timeout=CALL_TIMEOUT_S,
+            context=context.call("netvm-down"),
+        )
+
+
+class Resume:
+    """The pivot: from here on the guest runs."""
+
+    async def forward(self, context: StepContext) -> Outcome:
+        await context.participants.domains.resume(
+            domains_pb2.ResumeDomainRequest(boot=boot_ref(context), spawn=True),
+            timeout=CALL_TIMEOUT_S,
+            context=context.call(),
+        )
+        return Outcome()
+
+    async def undo(self, context: StepContext) -> None:
+        """Only reached before the guest ran: create_paused's undo destroys the domain."""
+
+
+class Daemons:
+    """QubesDB and qrexec daemons, where the host has them."""
+
+    async def forward(self, context: StepContext) -> Outcome:
+        qube = subject(context)
+        view = context.view
+        timeout_s = boot.number(evaluate(view, qube, "qrexec_timeout"), 60)
+        virt_mode = boot.text(evaluate(view, qube, "virt_mode"))
+        stubdom = bool(feature(view, qube, "stubdom-qrexec", "template", ""))
+        reply = await context.participants.domains.start_guest_daemons(
+            domains_pb2.StartGuestDaemonsRequest(
+                boot=boot_ref(context),
+                name=qube.name,
+                qrexec=bool(feature(view, qube, "qrexec", "template", "")),
+                qrexec_timeout_s=timeout_s,
+                default_user=guest_keys.default_user(view, qube),
+                debug=bool(evaluate(view, qube, "debug")),
+                stubdom_qrexec=virt_mode == "hvm" and stubdom,
+            ),
+            timeout=timeout_s + 30.0,
+            context=context.call(),
+        )
+        return Outcome(data={"agent": "1" if reply.agent else ""})
+
+    async def undo(self, context: StepContext) -> None:
+        """After the pivot nothing is undone."""
+
+
+class Agent:
+    """The guest is still there when its start is called done."""
+
+    async def forward(self, context: StepContext) -> Outcome:
+        reply = await context.participants.domains.describe(
+            domains_pb2.DescribeDomainRequest(boot=boot_ref(context)),
+            timeout=5.0,
+            context=context.call(),
+        )
+        if not reply.found or reply.state.power.power in ("halted", "crashed"):
+            qube = subject(context)
+            raise StepFailed(
+                Problem(
+                    "FAILED_PRECONDITION",
+                    "QUBE_ERROR",
+                    f"{qube.name} ended while it was starting; see its console log",
+                    {"qube": qube.name},
+                )
+            )
+        return Outcome()
+
+    async def undo(self, context: StepContext) -> None:
+        """After the pivot nothing is undone."""
+
+
+STEPS = {
+    "verify": Verify(),
+    "devices": Devices(),
+    "netvm": Netvm(),
+    "memory": Memory(),
+    "storage": Storage(),
+    "plug": Plug(),
+    "pre_spawn": PreSpawn(),
+    "create_paused": CreatePaused(),
+    "guest_keys": GuestKeys(),
+    "firewall": Firewall(),
+    "resume": Resume(),
+    "daemons": Daemons(),
+    "agent": Agent(),
+}
