@@ -10,13 +10,15 @@ from __future__ import annotations
 import difflib
 import enum
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 INTENDED = "intended"
 DONE = "done"
 # The longest difference that status shows, in characters.
 DIFFERENCE_LIMIT = 64 * 1024
+# Comparing line by line takes time by the square of what differs.
+_COMPARED_LINES = 4_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +117,27 @@ def decide(found: Found) -> Decision:
 
 def difference(ours: bytes, untrusted_theirs: bytes) -> str:
     """Unified difference, journal's state -> edited file, bounded; without the
-    instruction line."""
-    lines = difflib.unified_diff(
-        _lines(ours), _lines(untrusted_theirs), "journal", "qubes.xml", n=2, lineterm=""
-    )
+    instruction line. "" = the same."""
+    old, new = _lines(ours), _lines(untrusted_theirs)
+    start = 0
+    while start < min(len(old), len(new)) and old[start] == new[start]:
+        start += 1
+    end = 0
+    while end < min(len(old), len(new)) - start and old[-1 - end] == new[-1 - end]:
+        end += 1
+    old, new = old[start : len(old) - end], new[start : len(new) - end]
+    if not old and not new:
+        return ""
+    if len(old) + len(new) > _COMPARED_LINES:
+        return (
+            f"{len(old)} lines from line {start + 1} on were replaced by {len(new)} others; "
+            f"too many to show"
+        )
     out: list[str] = []
     size = 0
-    for line in lines:
+    for line in difflib.unified_diff(old, new, "journal", "qubes.xml", n=2, lineterm=""):
+        if line.startswith("@@"):
+            line = f"@@ after line {start} @@ {line}"
         size += len(line) + 1
         if size > DIFFERENCE_LIMIT:
             out.append("... (the difference is longer)")
@@ -130,5 +146,5 @@ def difference(ours: bytes, untrusted_theirs: bytes) -> str:
     return "\n".join(out)
 
 
-def _lines(document: bytes) -> Sequence[str]:
+def _lines(document: bytes) -> list[str]:
     return _INSTRUCTION.sub(b"", document, count=1).decode(errors="replace").strip().splitlines()
