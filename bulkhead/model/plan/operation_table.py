@@ -1,0 +1,276 @@
+"""The one table of operations: what each locks, its steps in order, its pivot.
+
+Owns step names, which of them are undone, where an operation may be cancelled and the
+events of each step. Must not know what a step does (lifecycle) nor what begin and end
+change (plan.operations). Invariant: every kind of specs.KINDS has one row; the events of
+a step are those that become true by it, and go out when the next step begins or the
+operation ends.
+
+The events of begin and end are in the columns `begin` and `end` as text; the plans make
+them, and a test compares both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from bulkhead.model import events
+from bulkhead.model.records import Operation, WireEvent
+from bulkhead.model.specs import ImportSpec
+from bulkhead.model.view import View
+
+StepEvents = Callable[[View, Operation], tuple[WireEvent, ...]]
+
+# Every start that the core makes itself asks for the graphical session too.
+START_GUID = True
+
+
+@dataclass(frozen=True, slots=True)
+class StepRow:
+    """One step.
+
+    undo: it has an undo, sent also where it is unknown whether the step happened.
+    events: what to announce once the step is done. pivot: from this step on there is no
+    way back. cancellable: a cancel that was asked for is honoured before this step.
+    """
+
+    name: str
+    undo: bool = False
+    events: StepEvents | None = None
+    pivot: bool = False
+    cancellable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class OperationRow:
+    """One kind of operation.
+
+    locks: what it holds while it is not finished. pivots_at_begin: its begin is the
+    pivot, it can only go forward. pre_empts: begins although others hold the qube.
+    begin, end: events of the plans, in order, "|" between alternatives.
+    """
+
+    kind: str
+    locks: str
+    steps: tuple[StepRow, ...]
+    pivots_at_begin: bool = False
+    pre_empts: bool = False
+    begin: str = ""
+    end: str = ""
+
+    def step(self, name: str) -> StepRow:
+        """The step of that name; KeyError where the operation has none."""
+        for row in self.steps:
+            if row.name == name:
+                return row
+        raise KeyError(f"operation {self.kind} has no step {name}")
+
+
+def _verify_files(view: View, operation: Operation) -> tuple[WireEvent, ...]:
+    qube = view.by_uuid_any(operation.subjects[0])
+    return (events.domain_verify_files(qube),) if qube is not None else ()
+
+
+def _pre_spawn(view: View, operation: Operation) -> tuple[WireEvent, ...]:
+    qube = view.by_uuid_any(operation.subjects[0])
+    return (events.domain_pre_spawn(qube, START_GUID),) if qube is not None else ()
+
+
+def _spawned(view: View, operation: Operation) -> tuple[WireEvent, ...]:
+    qube = view.by_uuid_any(operation.subjects[0])
+    return events.domain_spawned(qube, START_GUID) if qube is not None else ()
+
+
+def _qdb_create(view: View, operation: Operation) -> tuple[WireEvent, ...]:
+    qube = view.by_uuid_any(operation.subjects[0])
+    return (events.domain_qdb_create(qube),) if qube is not None else ()
+
+
+def _pre_unpaused(view: View, operation: Operation) -> tuple[WireEvent, ...]:
+    qube = view.by_uuid_any(operation.subjects[0])
+    return (events.domain_pre_unpaused(qube),) if qube is not None else ()
+
+
+def _unpaused(view: View, operation: Operation) -> tuple[WireEvent, ...]:
+    qube = view.by_uuid_any(operation.subjects[0])
+    return (events.domain_unpaused(qube),) if qube is not None else ()
+
+
+def _import_begun(view: View, operation: Operation) -> tuple[WireEvent, ...]:
+    qube = view.by_uuid_any(operation.subjects[0])
+    spec = operation.spec
+    if qube is None or not isinstance(spec, ImportSpec):
+        return ()
+    size = int(operation.data.get("size", "0") or "0") or spec.size
+    return (events.volume_import_begin(qube, spec.volume, size),)
+
+
+_ROWS: tuple[OperationRow, ...] = (
+    OperationRow(
+        "CREATE",
+        locks="the new qube",
+        steps=(StepRow("ensure", undo=True), StepRow("copy_rules", undo=True)),
+        end="domain-add, domain-tag-add:created-by-S, domain-create-on-disk"
+        " | disposable: domain-add, domain-create-on-disk, domain-tag-add:created-by-S,"
+        " domain-tag-add:disp-created-by-S | failed: nothing",
+    ),
+    OperationRow(
+        "CLONE",
+        locks="the new qube, the source",
+        steps=(StepRow("ensure_cloned", undo=True), StepRow("copy_rules", undo=True)),
+        end="domain-add, domain-tag-add:created-by-S, domain-clone-files | failed: nothing",
+    ),
+    OperationRow(
+        "REMOVE",
+        locks="the qube",
+        steps=(
+            StepRow("withdraw_rules", cancellable=False),
+            StepRow("undefine", cancellable=False),
+            StepRow("remove_volumes", cancellable=False),
+        ),
+        pivots_at_begin=True,
+        begin="domain-pre-delete, domain-delete",
+        end="domain-remove-from-disk",
+    ),
+    OperationRow(
+        "START",
+        locks="the qube",
+        steps=(
+            StepRow("verify", events=_verify_files),
+            StepRow("devices"),
+            StepRow("netvm"),
+            StepRow("memory", undo=True),
+            StepRow("storage", undo=True),
+            StepRow("plug", undo=True),
+            StepRow("pre_spawn", events=_pre_spawn),
+            StepRow("create_paused", undo=True, events=_spawned),
+            StepRow("guest_keys", events=_qdb_create),
+            # The guest is about to run: announced when the step before it is done.
+            StepRow("firewall", undo=True, events=_pre_unpaused),
+            StepRow("resume", events=_unpaused, pivot=True),
+            StepRow("daemons", cancellable=False),
+            StepRow("agent", cancellable=False),
+        ),
+        begin="domain-pre-start | refused: [domain-pre-start,] domain-start-failed",
+        end="domain-start | failed: domain-start-failed [, domain-stopped,"
+        " property-reset:xid, property-reset:stubdom_xid, property-reset:start_time,"
+        " domain-shutdown]",
+    ),
+    OperationRow(
+        "STOPPED",
+        locks="the qube",
+        steps=(
+            StepRow("withdraw_rules", cancellable=False),
+            StepRow("unplug", cancellable=False),
+            StepRow("stop_volumes", cancellable=False),
+        ),
+        pivots_at_begin=True,
+        pre_empts=True,
+        begin="domain-stopped, property-reset:xid, property-reset:stubdom_xid,"
+        " property-reset:start_time",
+        end="domain-shutdown",
+    ),
+    OperationRow(
+        "SHUTDOWN",
+        locks="the qube",
+        # stopped: with wait, until the STOPPED operation of this boot has ended; without
+        # wait nothing.
+        steps=(StepRow("shutdown"), StepRow("stopped")),
+        begin="domain-pre-shutdown | refused: domain-pre-shutdown, domain-shutdown-failed",
+        end="failed: domain-shutdown-failed",
+    ),
+    OperationRow(
+        "KILL",
+        locks="the qube",
+        # stopped: until the STOPPED operation of this boot has ended.
+        steps=(StepRow("destroy", cancellable=False), StepRow("stopped", cancellable=False)),
+        pivots_at_begin=True,
+        pre_empts=True,
+    ),
+    OperationRow(
+        "PAUSE",
+        locks="the qube",
+        steps=(StepRow("pause"),),
+        begin="domain-pre-paused",
+        end="domain-paused",
+    ),
+    OperationRow(
+        "UNPAUSE",
+        locks="the qube",
+        steps=(StepRow("unpause"),),
+        begin="domain-pre-unpaused",
+        end="domain-unpaused",
+    ),
+    OperationRow(
+        "SUSPEND",
+        locks="the qube",
+        steps=(StepRow("suspend"),),
+        end="paused instead: domain-pre-paused, domain-paused",
+    ),
+    OperationRow(
+        "RESUME",
+        locks="the qube",
+        steps=(StepRow("wake"),),
+        begin="paused: domain-pre-unpaused",
+        end="suspended: domain-resumed | paused: domain-unpaused",
+    ),
+    OperationRow("REVERT", locks="the qube", steps=(StepRow("revert"),)),
+    OperationRow("RESIZE", locks="the qube", steps=(StepRow("resize"),)),
+    OperationRow(
+        "CLEAR",
+        locks="the qube",
+        steps=(StepRow("clear"),),
+        begin="domain-volume-import-begin",
+        end="domain-volume-import-end",
+    ),
+    OperationRow(
+        "CLONE_VOLUME",
+        locks="the qube, the source",
+        steps=(StepRow("clone_volume"),),
+        end="domain-import-volume",
+    ),
+    OperationRow(
+        "IMPORT",
+        locks="the qube",
+        # The operation waits for the data (WAITING_DATA) between the two.
+        steps=(
+            StepRow("import_begin", undo=True, events=_import_begun),
+            StepRow("import_end", pivot=True),
+        ),
+        end="domain-volume-import-end",
+    ),
+    OperationRow("APPLY", locks="the qube", steps=(StepRow("apply"),)),
+    OperationRow(
+        "ATTACH",
+        locks="the qube",
+        steps=(StepRow("attach", undo=True),),
+        begin="device-pre-attach:C",
+        end="device-attach:C",
+    ),
+    OperationRow(
+        "DETACH",
+        locks="the qube",
+        steps=(StepRow("detach"),),
+        begin="device-pre-detach:C",
+        end="device-detach:C",
+    ),
+    OperationRow(
+        "POOL_ADD",
+        locks="pool/NAME",
+        steps=(StepRow("pool_setup", undo=True),),
+        end="pool-add",
+    ),
+    OperationRow(
+        "POOL_REMOVE",
+        locks="pool/NAME",
+        steps=(StepRow("pool_teardown"),),
+        begin="pool-pre-delete",
+        end="pool-delete",
+    ),
+    OperationRow("KERNEL_ADD", locks="kernel/NAME", steps=(StepRow("kernel_add", undo=True),)),
+    OperationRow("KERNEL_REMOVE", locks="kernel/NAME", steps=(StepRow("kernel_remove"),)),
+)
+
+OPERATIONS: Mapping[str, OperationRow] = MappingProxyType({row.kind: row for row in _ROWS})
