@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -101,10 +101,14 @@ class Executor:
         participants: Participants,
         replica: ReplicaRunner,
         steps: Mapping[tuple[str, str], Step],
+        *,
+        uplink_namespace: str = "",
     ) -> None:
         self.participants = participants
         self.replica = replica
         self.steps = steps
+        # The namespace that the outermost network qubes reach the world through.
+        self.uplink_namespace = uplink_namespace
         self.epoch = 0
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._waiters: dict[str, list[asyncio.Future[Operation]]] = {}
@@ -160,7 +164,10 @@ class Executor:
         """Give a runnable operation its task, once."""
         if operation.id in self._tasks or not saga.runnable(operation):
             return
-        task = asyncio.create_task(self._run(operation), name=f"{operation.kind} {operation.id}")
+        self._take(operation, self._guarded(operation, self._run(operation)))
+
+    def _take(self, operation: Operation, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work, name=f"{operation.kind} {operation.id}")
         self._tasks[operation.id] = task
         task.add_done_callback(lambda done: self._ended(operation.id, done))
 
@@ -173,6 +180,24 @@ class Executor:
         current = self.replica.view.operations.get(operation_id)
         if current is not None and not task.cancelled() and task.exception() is None:
             self.adopt(current)
+
+    def resume_import(self, operation: Operation, *, success: bool, reason: str) -> None:
+        """The data of a waiting import is there, or will never be."""
+        if operation.id in self._tasks:
+            return
+        if success:
+            work = self._guarded(operation, self._forward(operation, after_cursor=True))
+        else:
+            problem = Problem("ABORTED", "IMPORT_FAILED", f"import failed: {reason}",
+                              {"reason": reason})  # fmt: skip
+            work = self._guarded(operation, self._compensate(operation, problem))
+        self._take(operation, work)
+
+    def abandon(self, operation: Operation) -> None:
+        """Discard a waiting import that was cancelled or forgotten."""
+        if operation.id not in self._tasks:
+            work = self._compensate(operation, _cancelled(operation))
+            self._take(operation, self._guarded(operation, work))
 
     # ---- submitting
 
@@ -224,22 +249,26 @@ class Executor:
 
     async def _run(self, operation: Operation) -> None:
         await self.view_has(operation)
-        try:
-            if operation.state is OperationState.COMPENSATING:
-                await self._compensate(operation, operation.error or _interrupted(operation))
-                return
+        if operation.state is OperationState.COMPENSATING:
+            await self._compensate(operation, operation.error or _interrupted(operation))
+        else:
             await self._forward(operation)
+
+    async def _guarded(self, operation: Operation, work: Coroutine[None, None, None]) -> None:
+        """Run the work; a registry that knows better ends it without a fuss."""
+        try:
+            await work
         except BusError as error:
             if error.reason in ("STALE_EPOCH", "OPERATION_NOT_FOUND", "WRONG_OPERATION_STATE"):
                 log.info("operation %s is not ours any more: %s", operation.id, error.message)
                 return
             raise
 
-    async def _forward(self, operation: Operation) -> None:
+    async def _forward(self, operation: Operation, *, after_cursor: bool = False) -> None:
         row = OPERATIONS[operation.kind]
         pending: Sequence[WireEvent] = ()
         result: dict[str, str] = dict(operation.result)
-        for step in saga.remaining(row, operation):
+        for step in saga.remaining(row, operation)[1 if after_cursor else 0 :]:
             latest = self.replica.view.operations.get(operation.id)
             if latest is not None and latest.cancel_requested:
                 operation = replace(operation, cancel_requested=True)

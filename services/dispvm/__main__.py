@@ -1,0 +1,23 @@
+"""dispvm: disposables. Wiring only."""
+
+from __future__ import annotations
+
+from bulkhead.bus.runtime import ServiceContext, serve
+from clients.bus import LifecycleClient
+from services.dispvm.adapters.boot_marker import BootMarker
+from services.dispvm.handlers import DispvmHandlers
+
+
+async def build(context: ServiceContext) -> DispvmHandlers:
+    """Connect and clean up after a boot of the host."""
+    handlers = DispvmHandlers(
+        LifecycleClient(context.channel("lifecycle")),
+        context.replica(with_hidden=True),
+        BootMarker(context.settings.service_dir("dispvm")),
+    )
+    context.spawn(handlers.start(), "start")
+    return handlers
+
+
+if __name__ == "__main__":
+    serve("dispvm", build, ["bulkhead.api.Dispvm"])

@@ -1,0 +1,48 @@
+"""Decisions about disposables, from the view alone.
+
+Owns who may be a disposable's template and which disposables are stale. Must not begin
+operations. Invariant: a disposable that runs, or that an operation holds, is never stale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bulkhead.model.evaluate import evaluate
+from bulkhead.model.records import Phase, Qube
+from bulkhead.model.refusal import Refusal
+from bulkhead.model.view import View
+
+
+def disposable_template(view: View, name: str) -> Qube:
+    """The qube of that name if disposables may be made from it; Refusal otherwise."""
+    qube = view.qube(name)
+    if qube is None:
+        raise Refusal(
+            "NOT_DISPOSABLE_TEMPLATE",
+            f"there is no disposable template {name or '(none set)'}; set default_dispvm or "
+            "name one",
+            qube=name,
+        )
+    allowed = qube.klass in ("AppVM", "StandaloneVM") and evaluate(
+        view, qube, "template_for_dispvms"
+    )
+    if not allowed:
+        raise Refusal(
+            "NOT_DISPOSABLE_TEMPLATE",
+            f"{qube.name} is no disposable template; set its template_for_dispvms first",
+            qube=qube.name,
+        )
+    return qube
+
+
+def stale_after_boot(view: View) -> Iterator[Qube]:
+    """Unnamed disposables that the host's last boot left behind: halted, held by nothing."""
+    for qube in view.qubes():
+        if (
+            qube.klass == "DispVM"
+            and evaluate(view, qube, "auto_cleanup")
+            and qube.run.phase is Phase.HALTED
+            and not any(True for _ in view.operations_on(qube.uuid))
+        ):
+            yield qube

@@ -1,0 +1,51 @@
+"""lifecycle: executes operations that cross services. Wiring only."""
+
+from __future__ import annotations
+
+from bulkhead.bus.runtime import ServiceContext, serve
+from clients.bus import (
+    DomainsClient,
+    FirewallClient,
+    HostdClient,
+    RegistryClient,
+    StorageClient,
+)
+from services.lifecycle.executor import Executor
+from services.lifecycle.handlers import LifecycleHandlers
+from services.lifecycle.participants import Participants
+from services.lifecycle.steps.table import STEPS
+from services.lifecycle.watcher import Watcher
+
+
+async def build(context: ServiceContext) -> LifecycleHandlers:
+    """Connect, take an epoch, adopt what is unfinished."""
+    with_hostd = context.settings.isolated
+    participants = Participants(
+        registry=RegistryClient(context.channel("registry")),
+        storage=StorageClient(context.channel("storage")),
+        domains=DomainsClient(context.channel("domains")),
+        firewall=FirewallClient(context.channel("firewall")),
+        hostd=HostdClient(context.channel("hostd")) if with_hostd else None,
+    )
+    replica = context.replica(with_hidden=True)
+    executor = Executor(
+        participants, replica, STEPS, uplink_namespace=context.settings.uplink_namespace
+    )
+    watcher = Watcher(executor)
+
+    async def run() -> None:
+        await replica.ready()
+        await executor.start()
+        watcher.start()
+        context.spawn(watcher.run_stops(), "stops")
+        context.spawn(watcher.run_unaccounted(), "unaccounted")
+        context.spawn(watcher.run_pools(), "pools")
+        context.spawn(watcher.run_imports(), "imports")
+
+    context.spawn(run(), "start")
+    context.on_stop(executor.stop)
+    return LifecycleHandlers(executor, watcher)
+
+
+if __name__ == "__main__":
+    serve("lifecycle", build, ["bulkhead.api.Lifecycle"])

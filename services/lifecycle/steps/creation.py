@@ -1,0 +1,177 @@
+"""The steps of CREATE, CLONE and REMOVE.
+
+Owns what storage and firewall do when a qube comes or goes. Must not touch records: the
+registry's begin and end do. Invariant: undo removes what carries the new qube's uuid and
+nothing else.
+"""
+
+from __future__ import annotations
+
+from bulkhead.api import domains_pb2, firewall_pb2, storage_pb2
+from bulkhead.model.records import Qube
+from bulkhead.model.specs import CloneSpec, CreateSpec
+from services.lifecycle.core import boot
+from services.lifecycle.executor import Outcome, StepContext
+from services.lifecycle.participants import volume_message, volume_messages
+from services.lifecycle.steps.start import CALL_TIMEOUT_S, STORAGE_TIMEOUT_S, subject
+
+CLONE_TIMEOUT_S = 3600.0
+
+
+def stored(context: StepContext, qube: Qube) -> list[storage_pb2.VolumeSpec]:
+    """The qube's volumes without the kernel, which no qube owns."""
+    return [
+        volume_message(spec)
+        for spec in boot.volume_specs(context.view, qube)
+        if spec.declared.name != "kernel"
+    ]
+
+
+class Ensure:
+    """The volumes of a new qube exist, tagged with its uuid."""
+
+    async def forward(self, context: StepContext) -> Outcome:
+        qube = subject(context)
+        volumes = stored(context, qube)
+        if volumes:
+            await context.participants.storage.ensure(
+                storage_pb2.EnsureRequest(owner=qube.uuid, qube=qube.name, volumes=volumes),
+                timeout=STORAGE_TIMEOUT_S,
+                context=context.call(),
+            )
+        return Outcome(result={"name": qube.name, "uuid": qube.uuid})
+
+    async def undo(self, context: StepContext) -> None:
+        await remove_volumes(context, subject(context))
+
+
+async def remove_volumes(context: StepContext, qube: Qube) -> None:
+    """Nothing in any pool carries the qube's uuid any more."""
+    volumes = stored(context, qube)
+    if volumes:
+        await context.participants.storage.remove(
+            storage_pb2.RemoveRequest(owner=qube.uuid, volumes=volumes),
+            timeout=STORAGE_TIMEOUT_S,
+            context=context.call("remove"),
+        )
+
+
+class EnsureCloned:
+    """The volumes of a clone exist: persistent ones copied, the others fresh."""
+
+    async def forward(self, context: StepContext) -> Outcome:
+        qube = subject(context)
+        source = _source(context)
+        request = storage_pb2.EnsureClonedRequest(owner=qube.uuid, qube=qube.name)
+        for spec in boot.volume_specs(context.view, qube):
+            if spec.declared.name == "kernel":
+                continue
+            origin = source.volume(spec.declared.name) if source is not None else None
+            if spec.declared.save_on_stop and origin is not None and origin.save_on_stop:
+                request.items.add(
+                    source=volume_message(
+                        boot.VolumeSpec(origin, boot.pool_of(context.view, origin))
+                    ),
+                    target=volume_message(spec),
+                )
+            else:
+                request.fresh.append(volume_message(spec))
+        await context.participants.storage.ensure_cloned(
+            request, timeout=CLONE_TIMEOUT_S, context=context.call()
+        )
+        return Outcome(result={"name": qube.name, "uuid": qube.uuid})
+
+    async def undo(self, context: StepContext) -> None:
+        await remove_volumes(context, subject(context))
+
+
+def _source(context: StepContext) -> Qube | None:
+    spec = context.operation.spec
+    if isinstance(spec, CloneSpec):
+        return context.view.qube(spec.source)
+    if isinstance(spec, CreateSpec):
+        name = subject(context).properties.get("template", "")
+        return context.view.qube(name) if name else None
+    return None
+
+
+class CopyRules:
+    """A clone or a disposable keeps the rules of what it comes from, on disk."""
+
+    async def forward(self, context: StepContext) -> Outcome:
+        qube = subject(context)
+        source = _source(context)
+        if source is None or not source.rules_digest or not _inherits(context, qube):
+            return Outcome()
+        reply = await context.participants.firewall.copy_rules(
+            firewall_pb2.CopyRulesRequest(
+                source_uuid=source.uuid, target_uuid=qube.uuid, target_qube=qube.name
+            ),
+            timeout=CALL_TIMEOUT_S,
+            context=context.call(),
+        )
+        return Outcome(data={"rules_digest": reply.digest})
+
+    async def undo(self, context: StepContext) -> None:
+        await delete_rules(context, subject(context))
+
+
+def _inherits(context: StepContext, qube: Qube) -> bool:
+    return isinstance(context.operation.spec, CloneSpec) or qube.klass == "DispVM"
+
+
+async def delete_rules(context: StepContext, qube: Qube) -> None:
+    """The qube has no rules file."""
+    await context.participants.firewall.delete_rules(
+        firewall_pb2.DeleteRulesRequest(uuid=qube.uuid),
+        timeout=CALL_TIMEOUT_S,
+        context=context.call("delete-rules"),
+    )
+
+
+class WithdrawRules:
+    """REMOVE: no rule of the qube is left, in the kernel or on disk."""
+
+    async def forward(self, context: StepContext) -> Outcome:
+        qube = subject(context)
+        await context.participants.firewall.withdraw(
+            firewall_pb2.WithdrawRequest(uuid=qube.uuid, boot_id=""),
+            timeout=CALL_TIMEOUT_S,
+            context=context.call("withdraw"),
+        )
+        await delete_rules(context, qube)
+        return Outcome()
+
+    async def undo(self, context: StepContext) -> None:
+        """REMOVE has no way back after its begin."""
+
+
+class Undefine:
+    """REMOVE: the hypervisor does not know the qube."""
+
+    async def forward(self, context: StepContext) -> Outcome:
+        await context.participants.domains.undefine(
+            domains_pb2.UndefineDomainRequest(uuid=subject(context).uuid),
+            timeout=CALL_TIMEOUT_S,
+            context=context.call(),
+        )
+        return Outcome()
+
+    async def undo(self, context: StepContext) -> None:
+        """REMOVE has no way back after its begin."""
+
+
+class RemoveVolumes:
+    """REMOVE: nothing of the qube is left in any pool."""
+
+    async def forward(self, context: StepContext) -> Outcome:
+        await remove_volumes(context, subject(context))
+        return Outcome()
+
+    async def undo(self, context: StepContext) -> None:
+        """REMOVE has no way back after its begin."""
+
+
+def all_volumes(context: StepContext, qube: Qube) -> list[storage_pb2.VolumeSpec]:
+    """Every volume of the qube, the kernel's too."""
+    return volume_messages(boot.volume_specs(context.view, qube))

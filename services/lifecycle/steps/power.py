@@ -1,0 +1,194 @@
+"""The steps of STOPPED, SHUTDOWN, KILL, PAUSE, UNPAUSE, SUSPEND and RESUME.
+
+Owns what participants do when a qube stops or sleeps. Must not decide when. Invariant:
+STOPPED leaves no rule, no tap, no reservation and no running marker of its boot id, and
+may be repeated after any crash.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from bulkhead.api import domains_pb2
+from bulkhead.bus.errors import BusError
+from bulkhead.model.features import feature
+from bulkhead.model.specs import ShutdownSpec
+from services.lifecycle.core import boot, guest_keys
+from services.lifecycle.executor import Outcome, StepContext
+from services.lifecycle.steps.start import (
+    CALL_TIMEOUT_S,
+    boot_id,
+    boot_ref,
+    running_boot,
+    stop_volumes,
+    subject,
+    unplug,
+    withdraw,
+)
+
+log = logging.getLogger("bulkhead.lifecycle")
+
+SERVICE_TIMEOUT_S = 60
+
+
+class _Forward:
+    """A step that is never undone."""
+
+    async def undo(self, context: StepContext) -> None:
+        """Only begun when there is no way back."""
+
+
+class WithdrawRules(_Forward):
+    """No rule of the ended boot is in force; its guest netvm forgets the address."""
+
+    async def forward(self, context: StepContext) -> Outcome:
+        qube = subject(context)
+        await withdraw(context, qube)
+        backend = boot.netvm(context.view, qube)
+        if (
+            backend is not None
+            and backend.klass != "AdminVM"
+            and boot.is_running(context.view, backend)
+            and not boot.is_namespace_netvm(context.view, backend)
+        ):
+            tree = guest_keys.connected_tree(context.view, backend)
+            await context.participants.domains.write_guest_keys(
+                domains_pb2.WriteGuestKeysRequest(
+                    boot=running_boot(backend),
+                    keys=[domains_pb2.GuestKey(path=p, value=v) for p, v in tree.write],
+                ),
+                timeout=CALL_TIMEOUT_S,
+                context=context.call("connected"),
+            )
+        return Outcome()
+
+
+class Unplug(_Forward):
+    """The tap is gone; a namespace netvm lets its clients' taps out and ends."""
+
+    async def forward(self, context: StepContext) -> Outcome:
+        await unplug(context, subject(context))
+        return Outcome()
+
+
+class StopVolumes(_Forward):
+    """Volumes are committed or discarded, the memory reservation is released."""
+
+    async def forward(self, context: StepContext) -> Outcome:
+        await context.participants.domains.reserve_memory(
+            domains_pb2.ReserveMemoryRequest(boot_id=boot_id(context), release=True),
+            timeout=CALL_TIMEOUT_S,
+            context=context.call("release"),
+        )
+        await stop_volumes(context, subject(context))
+        return Outcome()
+
+
+class Shutdown(_Forward):
+    """The guest is asked to power off; a paused one with force is destroyed."""
+
+    async def forward(self, context: StepContext) -> Outcome:
+        qube = subject(context)
+        spec = context.operation.spec
+        force = isinstance(spec, ShutdownSpec) and spec.force
+        power = context.view.power(qube.uuid)
+        if power is not None and power.boot_id == boot_id(context) and power.power == "paused":
+            await context.participants.domains.destroy(
+                domains_pb2.DestroyDomainRequest(boot=boot_ref(context)),
+                timeout=CALL_TIMEOUT_S,
+                context=context.call("destroy"),
+            )
+            return Outcome()
+        await context.participants.domains.shutdown(
+            domains_pb2.ShutdownDomainRequest(boot=boot_ref(context), force=force),
+            timeout=CALL_TIMEOUT_S,
+            context=context.call(),
+        )
+        return Outcome()
+
+
+class Destroy(_Forward):
+    """The domain is gone now."""
+
+    async def forward(self, context: StepContext) -> Outcome:
+        await context.participants.domains.destroy(
+            domains_pb2.DestroyDomainRequest(boot=boot_ref(context)),
+            timeout=CALL_TIMEOUT_S,
+            context=context.call(),
+        )
+        return Outcome()
+
+
+class Pause(_Forward):
+    async def forward(self, context: StepContext) -> Outcome:
+        await context.participants.domains.pause(
+            domains_pb2.PauseDomainRequest(boot=boot_ref(context)),
+            timeout=CALL_TIMEOUT_S,
+            context=context.call(),
+        )
+        return Outcome()
+
+
+class Unpause(_Forward):
+    async def forward(self, context: StepContext) -> Outcome:
+        await context.participants.domains.resume(
+            domains_pb2.ResumeDomainRequest(boot=boot_ref(context)),
+            timeout=CALL_TIMEOUT_S,
+            context=context.call(),
+        )
+        return Outcome()
+
+
+async def _notify(context: StepContext, service: str) -> None:
+    """Tell the guest, where it has an agent; a guest that does not answer stops nothing."""
+    qube = subject(context)
+    power = context.view.power(qube.uuid)
+    has_agent = power is not None and power.boot_id == boot_id(context) and power.agent
+    if not has_agent or not feature(context.view, qube, "qrexec", "template", ""):
+        return
+    try:
+        await context.participants.domains.run_service(
+            domains_pb2.RunServiceRequest(
+                boot=boot_ref(context), service=service, user="root", timeout_s=SERVICE_TIMEOUT_S
+            ),
+            timeout=SERVICE_TIMEOUT_S + 5.0,
+            context=context.call(service),
+        )
+    except BusError as error:
+        log.warning("%s in %s: %s", service, qube.name, error.message)
+
+
+class Suspend(_Forward):
+    """Suspend to memory; a guest that cannot is paused."""
+
+    async def forward(self, context: StepContext) -> Outcome:
+        await _notify(context, "qubes.SuspendPre")
+        reply = await context.participants.domains.suspend(
+            domains_pb2.SuspendDomainRequest(boot=boot_ref(context)),
+            timeout=90.0,
+            context=context.call(),
+        )
+        return Outcome(data={"paused_instead": "1" if reply.paused_instead else ""})
+
+
+class Wake(_Forward):
+    """Wake a suspended guest, resume a paused one."""
+
+    async def forward(self, context: StepContext) -> Outcome:
+        qube = subject(context)
+        power = context.view.power(qube.uuid)
+        suspended = power is not None and power.power == "pmsuspended"
+        if suspended:
+            await context.participants.domains.wake(
+                domains_pb2.WakeDomainRequest(boot=boot_ref(context)),
+                timeout=CALL_TIMEOUT_S,
+                context=context.call(),
+            )
+            await _notify(context, "qubes.SuspendPost")
+        else:
+            await context.participants.domains.resume(
+                domains_pb2.ResumeDomainRequest(boot=boot_ref(context)),
+                timeout=CALL_TIMEOUT_S,
+                context=context.call(),
+            )
+        return Outcome(data={"woken": "1" if suspended else ""})
