@@ -1,0 +1,1 @@
+"""The qubesd wire protocol: requests in, replies and event streams out."""

@@ -1,0 +1,1 @@
+"""Pure part of the Admin API: frames, the call table, checks, reads, formats."""

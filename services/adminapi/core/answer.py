@@ -1,0 +1,37 @@
+"""From a frame to an answer, or to what has to be asked of others first.
+
+Owns the order parse, check, read. Must not know the bus or sockets. Invariant: a
+well-formed frame always ends in bytes that a client understands, never in silence.
+"""
+
+from __future__ import annotations
+
+from bulkhead.model.records import ADMINVM_NAME
+from bulkhead.model.refusal import Refusal
+from services.adminapi.core.checks import Checked, check
+from services.adminapi.core.exceptions import WireRefusal, class_of, message_for
+from services.adminapi.core.frame import format_exception, format_ok, parse_request
+from services.adminapi.core.reads import READS, ReadContext
+
+
+def refuse(reason: str, message: str, *, method: str = "", restricted: bool = False) -> bytes:
+    """The exception reply for a reason."""
+    text = message_for(reason, message, restricted=restricted)
+    return format_exception(class_of(reason, method), text)
+
+
+def begin(context: ReadContext, socket: str, untrusted_frame: bytes) -> bytes | Checked:
+    """The finished reply of a read or of a refusal, or the checked call to carry out.
+
+    Raises Drop where the connection is to be closed without a byte.
+    """
+    request = parse_request(untrusted_frame)
+    method = ""
+    try:
+        checked = check(context.view, socket, request)
+        method = checked.call.name
+        read = READS.get(checked.call.handler)
+        return format_ok(read(context, checked)) if read is not None else checked
+    except (Refusal, WireRefusal) as error:
+        restricted = request.untrusted_source != ADMINVM_NAME.encode()
+        return refuse(error.reason, error.message, method=method, restricted=restricted)
