@@ -18,7 +18,7 @@ APT_ALL := $(APT_RUN) $(APT_TEST)
 DNF_ALL := python3 python3-pip python3-libvirt python3-nftables iproute e2fsprogs xfsprogs btrfs-progs qemu-img \
   libvirt-daemon libvirt-daemon-driver-qemu libvirt-client qemu-system-x86-core nftables procps-ng busybox strace util-linux cpio
 
-.PHONY: help setup packages venv kernel check test unit contract integration fault fault-full bench demo clean
+.PHONY: help setup packages venv kernel check test unit contract integration fault bench demo clean
 
 help:
 	@echo "make demo    set everything up and run the main job, with timings"
@@ -69,3 +69,44 @@ $(VENV)/.stamp: pyproject.toml hatch_build.py $(PROTOS) $(wildcard clients/bus/g
 venv: $(VENV)/.stamp
 
 setup: packages venv
+
+# The guest kernel for tests and the demo: Debian's cloud kernel, unpacked, not installed.
+kernel: setup
+	@deploy/guest/fetch-kernel.sh $(CACHE)/kernel
+
+check: setup
+	@$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+
+unit: setup
+	@$(BIN)/pytest tests/unit
+
+contract: setup
+	@$(BIN)/pytest tests/contract
+
+integration: setup kernel
+	@$(BIN)/pytest tests/integration
+
+# One kill at every failpoint of every operation.
+fault: setup
+	@BULKHEAD_FAULT_KILLS=2 $(BIN)/pytest tests/fault --timeout 3600
+
+test: check kernel
+	@$(BIN)/pytest tests
+
+bench: setup kernel
+	@for script in bench/*.py; do
+	  case "$$script" in bench/__init__.py|bench/_*) continue;; esac
+	  echo "== $$script"
+	  $(BIN)/python "$$script"
+	done
+
+demo: setup kernel
+	@$(BIN)/python -m clients.cli.demo
+
+clean:
+	rm -rf $(VENV) $(CACHE) build dist .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
