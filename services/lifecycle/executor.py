@@ -201,9 +201,7 @@ class Executor:
 
     # ---- submitting
 
-    async def begin(
-        self, spec: OperationSpec, context: CallContext
-    ) -> tuple[Operation, bool, int]:
+    async def begin(self, spec: OperationSpec, context: CallContext) -> tuple[Operation, bool, int]:
         """Begin an operation durably: (operation, joined an existing one, revision)."""
         request = registry_pb2.BeginRequest(
             spec=codec.spec_to_proto(spec),
@@ -458,15 +456,15 @@ def _interrupted(operation: Operation) -> Problem:
     return Problem("ABORTED", "QUBE_ERROR", f"{operation.kind} was interrupted and undone")
 
 
-def _subject(view: View, operation: Operation) -> str:
+def _subject(operation: Operation) -> str:
     return operation.subjects[0] if operation.subjects else ""
 
 
 def _name_of(view: View, operation: Operation) -> str:
-    qube = view.by_uuid_any(_subject(view, operation))
+    qube = view.by_uuid_any(_subject(operation))
     return qube.name if qube is not None else ""
 
 
 def _boot_of(view: View, operation: Operation) -> str:
-    qube = view.by_uuid_any(_subject(view, operation))
+    qube = view.by_uuid_any(_subject(operation))
     return qube.run.boot_id if qube is not None else ""

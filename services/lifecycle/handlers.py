@@ -105,7 +105,9 @@ class LifecycleHandlers:
         return lifecycle_pb2.FinishImportReply(operation=codec.operation_to_proto(ended))
 
     async def sweep(
-        self, request: control_pb2.SweepRequest, call: Call  # noqa: ARG002 - the bus's signature
+        self,
+        request: control_pb2.SweepRequest,
+        call: Call,  # noqa: ARG002 - the bus's signature
     ) -> control_pb2.SweepReply:
         """Findings of a comparison of all inventories with the records."""
         return control_pb2.SweepReply(findings=await self.watcher.sweep())

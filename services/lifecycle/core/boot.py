@@ -8,11 +8,11 @@ one qube's view only, plus what its own netvm shows to its clients.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
-from bulkhead.model.evaluate import evaluate, kernel_command_line
-from bulkhead.model.features import feature
-from bulkhead.model.memory import memory_needed
+from bulkhead.model.evaluate import evaluate, is_running, kernel_command_line
+from bulkhead.model.features import feature, netvm_of, truthy
+from bulkhead.model.memory import bytes_needed, hotplug_usable
 from bulkhead.model.records import Assignment, KernelFact, Pool, Qube, Run, Volume
 from bulkhead.model.refusal import Refusal
 from bulkhead.model.view import View
@@ -149,14 +149,6 @@ class Link:
     gateway6: str
 
 
-@dataclass(frozen=True, slots=True)
-class GuestKeys:
-    """Keys to write and subtrees to remove, in order."""
-
-    write: tuple[tuple[str, str], ...]
-    remove: tuple[str, ...] = field(default=())
-
-
 def pool_of(view: View, volume: Volume) -> Pool:
     """The pool of a declared volume. Refusal POOL_NOT_FOUND when it is gone."""
     pool = view.pools.get(volume.pool)
@@ -182,8 +174,6 @@ def live_volume(view: View, qube: Qube, volume: Volume) -> Volume:
     """The volume as storage shall see it now: a kernel volume's vid is the kernel's name."""
     if volume.name != "kernel":
         return volume
-    from dataclasses import replace
-
     return replace(volume, vid=text(evaluate(view, qube, "kernel")))
 
 
@@ -225,10 +215,7 @@ def source_owners(view: View, qube: Qube) -> tuple[str, ...]:
 
 def netvm(view: View, qube: Qube) -> Qube | None:
     """The qube's netvm, None without one (also for classes that have no such property)."""
-    if qube.klass in ("AdminVM", "RemoteVM"):
-        return None
-    name = text(evaluate(view, qube, "netvm"))
-    return view.qube(name) if name else None
+    return None if qube.klass in ("AdminVM", "RemoteVM") else netvm_of(view, qube)
 
 
 def link(view: View, qube: Qube) -> Link | None:
@@ -260,9 +247,15 @@ def namespaces_in_use(view: View) -> bool:
     return host is not None and host.hypervisor in ("kvm", "qemu")
 
 
+def hotplug(view: View, qube: Qube) -> bool:
+    """The qube's memory can grow while it runs, on this hypervisor."""
+    host = view.host
+    return host is not None and host.hypervisor == "xen" and hotplug_usable(view, qube)
+
+
 def memory_bytes(view: View, qube: Qube) -> int:
     """Bytes of host memory to reserve for a start (domain-model 5.3)."""
-    return memory_needed(view, qube)
+    return bytes_needed(view, qube)
 
 
 def text(value: object) -> str:
@@ -347,13 +340,13 @@ def domain(
         virt_mode=virt_mode,
         memory_mib=number(evaluate(view, qube, "memory")),
         maxmem_mib=maxmem,
-        hotplug=_hotplug(view, qube, virt_mode, kernel),
+        hotplug=hotplug(view, qube),
         vcpus=number(evaluate(view, qube, "vcpus"), 1),
         kernel=_vmlinuz(view, virt_mode, kernel),
         initramfs=f"{kernel.directory}/initramfs" if kernel and kernel.has_initramfs else "",
         cmdline=kernel_command_line(view, qube) if kernel_name else "",
         has_pci=bool(pci),
-        e820_host=bool(pci) and feature(view, qube, "pci-e820-host", "plain", "1") != "",
+        e820_host=bool(pci) and truthy(view, qube, "pci-e820-host", default=True),
         rdrand_disable=host is not None and host.cpu_family_model in ("6/58", "6/62"),
         uefi=bool(template_feature("uefi", "")),
         timezone=template_feature("timezone", ""),
@@ -362,7 +355,7 @@ def domain(
         gui_domain=_gui_domain(view, qube),
         debug=bool(evaluate(view, qube, "debug")),
         disks=(*_disks(view, qube, devices), *_block_disks(view, qube, kernel_name)),
-        interfaces=_interfaces(view, qube, tap),
+        interfaces=interfaces(view, qube, tap),
         hostdevs=_hostdevs(view, qube),
         emulator=_emulator(view, qube) if virt_mode == "hvm" else None,
         console_log=console_log,
@@ -379,7 +372,8 @@ class _TemplateFeature:
         self._qube = qube
 
     def __call__(self, name: str, default: str) -> str:
-        return feature(self._view, self._qube, name, "template", default) or ""
+        value = feature(self._view, self._qube, name, "template")
+        return default if value is None else value
 
 
 def _template_feature(view: View, qube: Qube) -> _TemplateFeature:
@@ -395,28 +389,14 @@ def _vmlinuz(view: View, virt_mode: str, kernel: KernelFact | None) -> str:
     return f"{loader.directory}/vmlinuz" if loader is not None else ""
 
 
-def _hotplug(view: View, qube: Qube, virt_mode: str, kernel: KernelFact | None) -> bool:
-    host = view.host
-    if host is None or host.hypervisor != "xen":
-        return False
-    decided = feature(view, qube, "memory-hotplug", "template", None)
-    if decided is not None:
-        return bool(decided)
-    if virt_mode == "hvm":
-        return False
-    if kernel is not None:
-        return kernel.memory_hotplug
-    return bool(feature(view, qube, "supported-feature.memory-hotplug", "template", ""))
-
-
 def _gui_domain(view: View, qube: Qube) -> str:
     name = text(evaluate(view, qube, "guivm"))
     gui = view.qube(name) if name else None
     if gui is None or gui.klass == "AdminVM":
         return ""
     power = view.power(gui.uuid)
-    running = power is not None and power.boot_id == gui.run.boot_id and power.xid >= 0
-    return gui.name if running else ""
+    present = power is not None and power.boot_id == gui.run.boot_id and power.xid >= 0
+    return gui.name if present and is_running(view, gui) else ""
 
 
 def _disks(view: View, qube: Qube, devices: Sequence[BlockDevice]) -> tuple[Disk, ...]:
@@ -447,38 +427,42 @@ def _block_disks(view: View, qube: Qube, kernel_name: str) -> tuple[Disk, ...]:
     free = iter(f"xvd{chr(c)}" for c in range(ord("i"), ord("z") + 1))
     disks = []
     for assignment in required(qube, "block"):
-        backend = view.qube(assignment.backend)
-        devtype = assignment.options.get("devtype", "disk")
         target = assignment.options.get("frontend-dev", "")
         if not target:
-            target = "xvdd" if devtype == "cdrom" and not kernel_name else next(free)
-        is_host = backend is None or backend.klass == "AdminVM"
-        disks.append(
-            Disk(
-                target=target,
-                path="/dev/" + assignment.port.replace("_", "/"),
-                rw=assignment.options.get("read-only") != "yes",
-                devtype=devtype,
-                block=True,
-                backend="" if is_host or backend is None else backend.name,
-                backend_uuid="" if is_host or backend is None else backend.uuid,
-                script=is_host or _agent_at_least(view, backend, "4.2"),
-            )
-        )
+            is_cdrom = assignment.options.get("devtype") == "cdrom"
+            target = "xvdd" if is_cdrom and not kernel_name else next(free)
+        disks.append(block_disk(view, assignment, target))
     return tuple(disks)
+
+
+def block_disk(view: View, assignment: Assignment, target: str) -> Disk:
+    """The disk that an assigned or attached block device becomes."""
+    backend = view.qube(assignment.backend)
+    is_host = backend is None or backend.klass == "AdminVM"
+    return Disk(
+        target=target,
+        path="/dev/" + assignment.port.replace("_", "/"),
+        rw=assignment.options.get("read-only") != "yes",
+        devtype=assignment.options.get("devtype", "disk"),
+        block=True,
+        backend="" if is_host or backend is None else backend.name,
+        backend_uuid="" if is_host or backend is None else backend.uuid,
+        script=is_host or _agent_at_least(view, backend, "4.2"),
+    )
 
 
 def _agent_at_least(view: View, backend: Qube | None, version: str) -> bool:
     if backend is None:
         return True
-    said = feature(view, backend, "qubes-agent-version", "template", "4.1") or "4.1"
+    said = feature(view, backend, "qubes-agent-version", "template") or "4.1"
     try:
         return tuple(map(int, said.split("."))) >= tuple(map(int, version.split(".")))
     except ValueError:
         return False
 
 
-def _interfaces(view: View, qube: Qube, tap: str) -> tuple[Interface, ...]:
+def interfaces(view: View, qube: Qube, tap: str) -> tuple[Interface, ...]:
+    """The qube's interface, none without a netvm; tap only where taps are used."""
     where = link(view, qube)
     if where is None:
         return ()
@@ -498,7 +482,7 @@ def _interfaces(view: View, qube: Qube, tap: str) -> tuple[Interface, ...]:
 
 
 def _hostdevs(view: View, qube: Qube) -> tuple[Hostdev, ...]:
-    filtering_off = bool(feature(view, view.adminvm, "suspend-s0ix", "plain", ""))
+    filtering_off = truthy(view, view.adminvm, "suspend-s0ix")
     found = []
     for assignment in required(qube, "pci"):
         fact = next(
@@ -560,15 +544,6 @@ def _emulator(view: View, qube: Qube) -> Emulator:
         extra_args=look("qemu-extra-args", "").strip(),
         debug=bool(evaluate(view, qube, "debug")),
     )
-
-
-def is_running(view: View, qube: Qube) -> bool:
-    """The qube's present boot is past its start (or it is dom0 or remote)."""
-    from bulkhead.model.records import Phase
-
-    if qube.klass in ("AdminVM", "RemoteVM"):
-        return True
-    return qube.run.phase is Phase.UP
 
 
 def same_boot(qube: Qube | None, run: Run) -> bool:

@@ -13,11 +13,12 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from bulkhead.model.evaluate import evaluate
-from bulkhead.model.features import exported_keys, feature
+from bulkhead.model.evaluate import effective_default_user, evaluate, is_running, provides_network
+from bulkhead.model.features import exported_keys, feature, truthy
+from bulkhead.model.power import current_power
 from bulkhead.model.records import Qube
 from bulkhead.model.view import View
-from services.lifecycle.core.boot import is_running, netvm, text
+from services.lifecycle.core.boot import netvm, text
 
 KEY_LIMIT = 63
 VALUE_LIMIT = 3072
@@ -40,14 +41,14 @@ def boot_tree(view: View, qube: Qube, *, timezone: str, seed: bytes) -> Tree:
     keys.append(("/qubes-random-seed", base64.b64encode(hashlib.sha512(seed).digest()).decode()))
     keys.extend(_provider(view, qube))
     keys.extend(_client(view, qube))
-    if timezone and not feature(view, qube, "anon-timezone", "template", ""):
+    if timezone and not truthy(view, qube, "anon-timezone", "template"):
         keys.append(("/qubes-timezone", timezone))
     keys.append(("/qubes-block-devices", ""))
     keys.append(("/qubes-usb-devices", ""))
     keys.extend(_kind(view, qube))
-    keys.extend(exported_keys(view, qube))
+    keys.extend(_exported(view, qube))
     keys.extend(_gui(view, qube))
-    if is_provider(view, qube):
+    if provides_network(qube):
         keys.extend(connected(view, qube))
     return _checked(keys)
 
@@ -65,7 +66,7 @@ def network_tree(view: View, qube: Qube) -> Tree:
 def exported_tree(view: View, qube: Qube) -> Tree:
     """Services, vm-config, persist and GUI keys: rewritten when features change."""
     return Tree(
-        _checked([*exported_keys(view, qube), *_gui(view, qube)]).write,
+        _checked([*_exported(view, qube), *_gui(view, qube)]).write,
         remove=("/qubes-service/", "/hash-app-dispvm/", "/vm-config/", "/persist/"),
     )
 
@@ -85,17 +86,16 @@ def mapped_tree(view: View, qube: Qube) -> Tree:
     remove: list[str] = []
     for key, prop in (("visible-ip", "visible_ip"), ("visible-gateway", "visible_gateway")):
         value = text(evaluate(view, qube, prop))
-        if value and feature(view, qube, f"net.fake-{key.removeprefix('visible-')}",
-                             "template", ""):  # fmt: skip
+        if value and truthy(view, qube, f"net.fake-{key.removeprefix('visible-')}", "template"):
             write.append((f"{base}/{key}", value))
         else:
             remove.append(f"{base}/{key}")
     return Tree(_checked(write).write, tuple(remove))
 
 
-def is_provider(view: View, qube: Qube) -> bool:
-    """The qube provides network to others."""
-    return bool(evaluate(view, qube, "provides_network"))
+def _exported(view: View, qube: Qube) -> Iterator[tuple[str, str]]:
+    balanced = text(evaluate(view, qube, "maxmem")) not in ("", "0")
+    yield from exported_keys(qube, balanced=balanced).items()
 
 
 def connected(view: View, provider: Qube) -> Iterator[tuple[str, str]]:
@@ -130,7 +130,7 @@ def _identity(view: View, qube: Qube) -> Iterator[tuple[str, str]]:
         persistence = "none"
     yield "/name", qube.name
     yield "/type", qube.klass
-    yield "/default-user", default_user(view, qube)
+    yield "/default-user", effective_default_user(view, qube)
     yield "/qubes-vm-updateable", str(updateable)
     yield "/qubes-vm-persistence", persistence
     yield "/qubes-debug-mode", "1" if evaluate(view, qube, "debug") else "0"
@@ -138,18 +138,8 @@ def _identity(view: View, qube: Qube) -> Iterator[tuple[str, str]]:
     yield "/qubes-base-template", text(evaluate(view, qube, "template")) if has_template else ""
 
 
-def default_user(view: View, qube: Qube) -> str:
-    """default_user, unless the boot mode names another (domain-model 2.5)."""
-    mode = text(evaluate(view, qube, "bootmode"))
-    if mode and mode != "default":
-        user = feature(view, qube, f"boot-mode.default-user.{mode}", "template", "")
-        if user:
-            return user
-    return text(evaluate(view, qube, "default_user"))
-
-
 def _provider(view: View, qube: Qube) -> Iterator[tuple[str, str]]:
-    if not is_provider(view, qube):
+    if not provides_network(qube):
         return
     gateway = text(evaluate(view, qube, "gateway"))
     yield "/qubes-netvm-network", gateway
@@ -186,7 +176,7 @@ def _kind(view: View, qube: Qube) -> Iterator[tuple[str, str]]:
     kind = "AppVM"
     if qube.klass == "TemplateVM":
         kind = "TemplateVM"
-    elif is_provider(view, qube):
+    elif provides_network(qube):
         kind = "ProxyVM" if netvm(view, qube) is not None else "NetVM"
     yield "/qubes-vm-type", kind
     yield "/qubes-iptables-error", ""
@@ -196,27 +186,26 @@ def _kind(view: View, qube: Qube) -> Iterator[tuple[str, str]]:
         ("qubes-dvm", "dvm"),
         ("yum-proxy-setup", "updates-proxy-setup"),
     ):
-        value = feature(view, qube, source, "plain", None)
+        value = feature(view, qube, source)
         if value is not None:
             yield f"/qubes-service/{name}", "1" if value else "0"
 
 
 def _gui(view: View, qube: Qube) -> Iterator[tuple[str, str]]:
     for name in ("overhead", "min"):
-        value = feature(view, qube, f"gui-videoram-{name}", "template+adminvm", None)
+        value = feature(view, qube, f"gui-videoram-{name}", "template+adminvm")
         if value is not None:
             yield f"/qubes-gui-videoram-{name}", value
     guivm = view.qube(text(evaluate(view, qube, "guivm")))
-    enabled = guivm is not None and feature(view, qube, "gui", "plain", "1") != ""
+    enabled = guivm is not None and truthy(view, qube, "gui", default=True)
     yield "/qubes-gui-enabled", str(enabled)
     if guivm is not None and guivm.uuid != qube.uuid:
         yield "/keyboard-layout", text(evaluate(view, qube, "keyboard_layout"))
         xid = running_xid(view, guivm)
         if xid is not None:
             yield "/qubes-gui-domain-xid", str(xid)
-    if feature(view, qube, "service.guivm", "plain", ""):
-        prefix = feature(view, qube, "guivm-windows-prefix", "plain", "GuiVM")
-        yield "/guivm-windows-prefix", prefix or "GuiVM"
+    if truthy(view, qube, "service.guivm"):
+        yield "/guivm-windows-prefix", feature(view, qube, "guivm-windows-prefix") or "GuiVM"
     audiovm = view.qube(text(evaluate(view, qube, "audiovm")))
     if audiovm is not None and audiovm.uuid != qube.uuid:
         xid = running_xid(view, audiovm)
@@ -228,10 +217,10 @@ def running_xid(view: View, qube: Qube) -> int | None:
     """xid of a running qube (dom0: 0), None when it does not run."""
     if qube.klass == "AdminVM":
         return 0
-    power = view.power(qube.uuid)
-    if power is None or power.boot_id != qube.run.boot_id or power.xid < 0:
+    power = current_power(view, qube)
+    if power is None or power.xid < 0 or not is_running(view, qube):
         return None
-    return power.xid if is_running(view, qube) else None
+    return power.xid
 
 
 def _checked(keys: list[tuple[str, str]]) -> Tree:

@@ -11,8 +11,8 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bulkhead.model.records import Operation, OperationState, Problem
 from bulkhead.model.plan.operation_table import OperationRow, StepRow
+from bulkhead.model.records import Operation, OperationState, Problem
 
 # Codes after which the same call may succeed: the participant restarts or was busy.
 TRANSIENT = frozenset({"UNAVAILABLE", "DEADLINE_EXCEEDED"})
@@ -24,10 +24,10 @@ RETRY_DELAYS_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 class Move(enum.Enum):
     """What follows a failed step."""
 
-    RETRY = "retry"              # the same step again, after a delay
-    COMPENSATE = "compensate"    # undo what was done, then FAILED or CANCELLED
-    FAIL_AFTER_PIVOT = "fail"    # no way back: FAILED with a follow-up that cleans up
-    STUCK = "stuck"              # neither way: visible, retried for ever
+    RETRY = "retry"  # the same step again, after a delay
+    COMPENSATE = "compensate"  # undo what was done, then FAILED or CANCELLED
+    FAIL_AFTER_PIVOT = "fail"  # no way back: FAILED with a follow-up that cleans up
+    STUCK = "stuck"  # neither way: visible, retried for ever
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,18 @@ may be repeated after any crash.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 from bulkhead.api import domains_pb2
 from bulkhead.bus.errors import BusError
-from bulkhead.model.features import feature
+from bulkhead.model.evaluate import evaluate, is_running
+from bulkhead.model.features import truthy
+from bulkhead.model.power import current_power
+from bulkhead.model.records import Phase, Problem
 from bulkhead.model.specs import ShutdownSpec
 from services.lifecycle.core import boot, guest_keys
-from services.lifecycle.executor import Outcome, StepContext
+from services.lifecycle.executor import Outcome, StepContext, StepFailed
 from services.lifecycle.steps.start import (
     CALL_TIMEOUT_S,
     boot_id,
@@ -48,7 +52,7 @@ class WithdrawRules(_Forward):
         if (
             backend is not None
             and backend.klass != "AdminVM"
-            and boot.is_running(context.view, backend)
+            and is_running(context.view, backend)
             and not boot.is_namespace_netvm(context.view, backend)
         ):
             tree = guest_keys.connected_tree(context.view, backend)
@@ -107,6 +111,39 @@ class Shutdown(_Forward):
         return Outcome()
 
 
+class Stopped(_Forward):
+    """STOPPED of this boot has ended; a shutdown without wait does not wait for it."""
+
+    async def forward(self, context: StepContext) -> Outcome:
+        spec = context.operation.spec
+        if isinstance(spec, ShutdownSpec) and not spec.wait:
+            return Outcome()
+        qube = subject(context)
+        limit = None
+        if isinstance(spec, ShutdownSpec):
+            seconds = boot.number(evaluate(context.view, qube, "shutdown_timeout"), 60)
+            limit = asyncio.get_running_loop().time() + seconds
+        boot_of = boot_id(context)
+        while True:
+            now = context.view.by_uuid_any(qube.uuid)
+            if now is None or now.run.phase is Phase.HALTED or now.run.boot_id != boot_of:
+                return Outcome()
+            left = 1.0
+            if limit is not None:
+                left = min(left, limit - asyncio.get_running_loop().time())
+                if left <= 0:
+                    raise StepFailed(
+                        Problem(
+                            "FAILED_PRECONDITION",
+                            "SHUTDOWN_TIMEOUT",
+                            f"{qube.name} did not stop within its shutdown_timeout; kill it, or "
+                            "wait longer",
+                            {"qube": qube.name},
+                        )
+                    )
+            await context.executor.changed(left)
+
+
 class Destroy(_Forward):
     """The domain is gone now."""
 
@@ -142,9 +179,8 @@ class Unpause(_Forward):
 async def _notify(context: StepContext, service: str) -> None:
     """Tell the guest, where it has an agent; a guest that does not answer stops nothing."""
     qube = subject(context)
-    power = context.view.power(qube.uuid)
-    has_agent = power is not None and power.boot_id == boot_id(context) and power.agent
-    if not has_agent or not feature(context.view, qube, "qrexec", "template", ""):
+    power = current_power(context.view, qube)
+    if power is None or not power.agent or not truthy(context.view, qube, "qrexec", "template"):
         return
     try:
         await context.participants.domains.run_service(

@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bulkhead.api import domains_pb2, firewall_pb2, hostd_pb2, storage_pb2
-from bulkhead.model.evaluate import evaluate
-from bulkhead.model.features import feature
+from bulkhead.model.evaluate import effective_default_user, evaluate, is_running
+from bulkhead.model.features import truthy
 from bulkhead.model.records import OperationState, Phase, Problem, Qube
 from bulkhead.model.specs import StartSpec
 from services.lifecycle.core import boot, guest_keys
@@ -100,7 +100,7 @@ class Netvm:
         qube = subject(context)
         while True:
             backend = boot.netvm(context.view, qube)
-            if backend is None or boot.is_running(context.view, backend):
+            if backend is None or is_running(context.view, backend):
                 return Outcome()
             if backend.run.phase is Phase.STOPPING:
                 await context.executor.changed(1.0)
@@ -114,7 +114,7 @@ class Netvm:
             if ended.state is not OperationState.SUCCEEDED:
                 why = ended.error.message if ended.error is not None else ended.state.value
                 raise StepFailed(_netvm_problem(qube, backend, why))
-            if not boot.is_running(context.view, context.view.by_uuid_any(backend.uuid) or backend):
+            if not is_running(context.view, context.view.by_uuid_any(backend.uuid) or backend):
                 await context.executor.changed(1.0)
                 context.attempt += 1
 
@@ -511,14 +511,14 @@ class Daemons:
         view = context.view
         timeout_s = boot.number(evaluate(view, qube, "qrexec_timeout"), 60)
         virt_mode = boot.text(evaluate(view, qube, "virt_mode"))
-        stubdom = bool(feature(view, qube, "stubdom-qrexec", "template", ""))
+        stubdom = truthy(view, qube, "stubdom-qrexec", "template")
         reply = await context.participants.domains.start_guest_daemons(
             domains_pb2.StartGuestDaemonsRequest(
                 boot=boot_ref(context),
                 name=qube.name,
-                qrexec=bool(feature(view, qube, "qrexec", "template", "")),
+                qrexec=truthy(view, qube, "qrexec", "template"),
                 qrexec_timeout_s=timeout_s,
-                default_user=guest_keys.default_user(view, qube),
+                default_user=effective_default_user(view, qube),
                 debug=bool(evaluate(view, qube, "debug")),
                 stubdom_qrexec=virt_mode == "hvm" and stubdom,
             ),

@@ -11,6 +11,7 @@ import json
 
 from bulkhead import codec
 from bulkhead.api import domains_pb2, storage_pb2
+from bulkhead.model.evaluate import is_running
 from bulkhead.model.records import Problem, Qube
 from bulkhead.model.specs import (
     ClearSpec,
@@ -81,7 +82,7 @@ class Resize(_Once):
             timeout=STORAGE_TIMEOUT_S,
             context=context.call(),
         )
-        if boot.is_running(context.view, qube) and spec.volume in boot.FIXED_TARGETS:
+        if is_running(context.view, qube) and spec.volume in boot.FIXED_TARGETS:
             await context.participants.domains.resize_disk(
                 domains_pb2.ResizeDiskRequest(
                     boot=domains_pb2.BootRef(uuid=qube.uuid, boot_id=qube.run.boot_id),

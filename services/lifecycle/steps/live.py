@@ -1,0 +1,197 @@
+"""The steps of APPLY, ATTACH and DETACH: changes that reach a running qube.
+
+Owns what participants do when a running qube's record changed. Must not compare old and
+new: APPLY brings everything that is derived to what the record says now, so several of
+them merge. Invariant: an APPLY of an older boot does nothing.
+"""
+
+from __future__ import annotations
+
+from bulkhead.api import domains_pb2, hostd_pb2
+from bulkhead.model.evaluate import evaluate, is_running
+from bulkhead.model.power import current_power
+from bulkhead.model.records import Assignment, Phase, Problem, Qube
+from bulkhead.model.specs import ApplySpec, AttachSpec, DetachSpec
+from services.lifecycle.core import boot, guest_keys
+from services.lifecycle.executor import Outcome, StepContext, StepFailed
+from services.lifecycle.participants import fill
+from services.lifecycle.steps.start import (
+    CALL_TIMEOUT_S,
+    apply_rules,
+    plug,
+    running_boot,
+    subject,
+    withdraw,
+)
+
+
+class Apply:
+    """Network, guest keys and memory of a running qube are as the record says."""
+
+    async def forward(self, context: StepContext) -> Outcome:
+        spec = context.operation.spec
+        assert isinstance(spec, ApplySpec)
+        qube = subject(context)
+        if qube.run.boot_id != spec.boot_id or qube.run.phase is not Phase.UP:
+            return Outcome()
+        await _network(context, qube)
+        await _keys(context, qube)
+        await _memory(context, qube)
+        return Outcome()
+
+    async def undo(self, context: StepContext) -> None:
+        """What is derived is brought forward only: the next APPLY or start mends it."""
+
+
+async def _network(context: StepContext, qube: Qube) -> None:
+    """The interface hangs at the netvm that the record names, under the qube's rules."""
+    view = context.view
+    power = current_power(view, qube)
+    if boot.is_namespace_netvm(view, qube) or (power is not None and power.power == "paused"):
+        return
+    link = boot.link(view, qube)
+    if link is None or not is_running(view, link.netvm):
+        await _detach(context, qube)
+        await withdraw(context, qube)
+        return
+    await apply_rules(context, qube, link)
+    if boot.is_namespace_netvm(view, link.netvm):
+        # The same tap moves; the guest notices nothing.
+        hostd = context.participants.hostd
+        assert hostd is not None
+        await hostd.unplug(
+            hostd_pb2.UnplugRequest(qid=qube.qid),
+            timeout=CALL_TIMEOUT_S,
+            context=context.call("unplug"),
+        )
+        await plug(context, qube, link)
+    else:
+        for interface in boot.interfaces(view, qube, ""):
+            message = fill(domains_pb2.InterfaceSpec(), interface)
+            await context.participants.domains.attach_interface(
+                domains_pb2.AttachInterfaceRequest(boot=running_boot(qube), interface=message),
+                timeout=CALL_TIMEOUT_S,
+                context=context.call("attach"),
+            )
+        if link.netvm.klass != "AdminVM":
+            connected = guest_keys.connected_tree(view, link.netvm)
+            mapped = guest_keys.mapped_tree(view, qube)
+            await _write(context, link.netvm, (*connected.write, *mapped.write), mapped.remove)
+
+
+async def _detach(context: StepContext, qube: Qube) -> None:
+    if boot.namespaces_in_use(context.view):
+        if context.participants.hostd is not None:
+            await context.participants.hostd.unplug(
+                hostd_pb2.UnplugRequest(qid=qube.qid),
+                timeout=CALL_TIMEOUT_S,
+                context=context.call("unplug"),
+            )
+        return
+    await context.participants.domains.detach_interface(
+        domains_pb2.DetachInterfaceRequest(
+            boot=running_boot(qube),
+            interface=domains_pb2.InterfaceSpec(mac=boot.text(evaluate(context.view, qube, "mac"))),
+        ),
+        timeout=CALL_TIMEOUT_S,
+        context=context.call("detach"),
+    )
+
+
+async def _keys(context: StepContext, qube: Qube) -> None:
+    network = guest_keys.network_tree(context.view, qube)
+    exported = guest_keys.exported_tree(context.view, qube)
+    await _write(
+        context, qube, (*network.write, *exported.write), (*network.remove, *exported.remove)
+    )
+
+
+async def _write(
+    context: StepContext,
+    qube: Qube,
+    keys: tuple[tuple[str, str], ...],
+    removed: tuple[str, ...],
+) -> None:
+    await context.participants.domains.write_guest_keys(
+        domains_pb2.WriteGuestKeysRequest(
+            boot=running_boot(qube),
+            keys=[domains_pb2.GuestKey(path=path, value=value) for path, value in keys],
+            removed=list(removed),
+        ),
+        timeout=CALL_TIMEOUT_S,
+        context=context.call(f"keys/{qube.uuid}"),
+    )
+
+
+async def _memory(context: StepContext, qube: Qube) -> None:
+    """maxmem changes a running qube only where its memory can grow."""
+    if boot.is_namespace_netvm(context.view, qube) or not boot.hotplug(context.view, qube):
+        return
+    await context.participants.domains.set_memory(
+        domains_pb2.SetMemoryRequest(
+            boot=running_boot(qube),
+            memory_mib=boot.number(evaluate(context.view, qube, "memory")),
+            maxmem_mib=boot.number(evaluate(context.view, qube, "maxmem")),
+        ),
+        timeout=CALL_TIMEOUT_S,
+        context=context.call("memory"),
+    )
+
+
+def _disk(context: StepContext, device: Assignment) -> domains_pb2.DiskSpec:
+    """The disk of a block device. StepFailed for another class."""
+    if device.devclass != "block":
+        raise StepFailed(
+            Problem(
+                "FAILED_PRECONDITION",
+                "INVALID_DEVICE",
+                f"{device.devclass} devices cannot be attached to a running qube here",
+                {"class": device.devclass},
+            )
+        )
+    return fill(
+        domains_pb2.DiskSpec(),
+        boot.block_disk(context.view, device, device.options.get("frontend-dev", "xvdi")),
+    )
+
+
+class Attach:
+    async def forward(self, context: StepContext) -> Outcome:
+        spec = context.operation.spec
+        assert isinstance(spec, AttachSpec)
+        qube = subject(context)
+        await context.participants.domains.attach_disk(
+            domains_pb2.AttachDiskRequest(
+                boot=running_boot(qube), disk=_disk(context, spec.device)
+            ),
+            timeout=CALL_TIMEOUT_S,
+            context=context.call(),
+        )
+        return Outcome()
+
+    async def undo(self, context: StepContext) -> None:
+        spec = context.operation.spec
+        assert isinstance(spec, AttachSpec)
+        if spec.device.devclass == "block":
+            await _detach_disk(context, spec.device)
+
+
+async def _detach_disk(context: StepContext, device: Assignment) -> None:
+    await context.participants.domains.detach_disk(
+        domains_pb2.DetachDiskRequest(
+            boot=running_boot(subject(context)), disk=_disk(context, device)
+        ),
+        timeout=CALL_TIMEOUT_S,
+        context=context.call("detach"),
+    )
+
+
+class Detach:
+    async def forward(self, context: StepContext) -> Outcome:
+        spec = context.operation.spec
+        assert isinstance(spec, DetachSpec)
+        await _detach_disk(context, spec.device)
+        return Outcome()
+
+    async def undo(self, context: StepContext) -> None:
+        """A detach that may have happened is not attached again behind the user's back."""
