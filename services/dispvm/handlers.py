@@ -17,7 +17,7 @@ from bulkhead.bus.errors import BusError
 from bulkhead.bus.events import Entry, ReplicaRunner
 from bulkhead.bus.server import Call
 from bulkhead.failpoints import hit
-from bulkhead.model.records import Operation, OperationPut, OperationState
+from bulkhead.model.records import Operation, OperationPut, OperationState, Problem
 from bulkhead.model.specs import CreateSpec, RemoveSpec
 from clients.bus import LifecycleClient
 from services.dispvm import failpoint_table  # noqa: F401 - declares what hit() names
@@ -141,20 +141,19 @@ class DispvmHandlers:
             self._waiters.setdefault(operation.id, []).append(waiter)
             try:
                 operation = await asyncio.wait_for(waiter, timeout)
-            except TimeoutError as error:
+            except TimeoutError as late:
                 raise BusError(
                     "DEADLINE_EXCEEDED",
                     "QUBE_BUSY",
                     f"operation {operation.id} is still under way; look at it with "
                     "bulkhead.op.List",
                     operation=operation.id,
-                ) from error
+                ) from late
         if operation.state is not OperationState.SUCCEEDED:
-            problem = operation.error
-            raise BusError(
-                problem.code if problem else "INTERNAL",
-                problem.reason if problem else "QUBE_ERROR",
-                problem.message if problem else f"operation {operation.id} failed",
-                **dict(problem.metadata if problem else {}),
+            problem = operation.error or Problem(
+                "INTERNAL", "QUBE_ERROR", f"operation {operation.id} failed"
             )
+            error = BusError(problem.code, problem.reason, problem.message)
+            error.metadata.update(problem.metadata)
+            raise error
         return operation

@@ -12,9 +12,9 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from bulkhead import codec
 from bulkhead.api import registry_pb2
@@ -33,6 +33,7 @@ from services.lifecycle.core.saga import Failure, Move
 from services.lifecycle.participants import Participants
 
 log = logging.getLogger("bulkhead.lifecycle")
+_R = TypeVar("_R")
 
 REGISTRY_TIMEOUT_S = 10.0
 
@@ -208,8 +209,12 @@ class Executor:
             operation_id=str(uuid.uuid5(uuid.NAMESPACE_OID, f"op/{context.request_id.hex()}")),
         )
         hit("lifecycle.begin.before")
-        header, reply = await self.participants.registry.begin_with_header(
-            request, timeout=REGISTRY_TIMEOUT_S, context=context
+        header, reply = await self.participants.registry.channel.call_with_header(
+            "bulkhead.api.Registry.Begin",
+            request,
+            registry_pb2.BeginReply,
+            timeout=REGISTRY_TIMEOUT_S,
+            context=context,
         )
         hit("lifecycle.begin.after")
         operation = codec.operation_from_proto(reply.operation)
@@ -423,7 +428,7 @@ class Executor:
         if reply.HasField("follow_up"):
             self.adopt(codec.operation_from_proto(reply.follow_up))
 
-    async def _registry(self, send):  # type: ignore[no-untyped-def]
+    async def _registry(self, send: Callable[[CallContext], Awaitable[_R]]) -> _R:
         """Send to the registry until it answers: it may be restarting."""
         context = CallContext(request_id=uuid.uuid4().bytes)
         attempts = 0

@@ -11,23 +11,10 @@ import grp
 import pwd
 import shutil
 import subprocess
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from google.protobuf.descriptor import FileDescriptor
-
-from bulkhead.api import (
-    control_pb2,
-    dispvm_pb2,
-    domains_pb2,
-    firewall_pb2,
-    hostd_pb2,
-    lifecycle_pb2,
-    options_pb2,
-    registry_pb2,
-    storage_pb2,
-)
+from bulkhead.bus.methods import METHODS
 from bulkhead.config import SERVICES
 
 PREFIX = "bulkhead-"
@@ -35,16 +22,6 @@ DISK_GROUP = "bulkhead-disk"
 CLIENT_GROUP = "qubes"
 # hostd is the one service that stays root.
 ROOT_SERVICES = frozenset({"hostd"})
-
-_FILES: Mapping[str, FileDescriptor] = {
-    "registry": registry_pb2.DESCRIPTOR,
-    "hostd": hostd_pb2.DESCRIPTOR,
-    "storage": storage_pb2.DESCRIPTOR,
-    "domains": domains_pb2.DESCRIPTOR,
-    "firewall": firewall_pb2.DESCRIPTOR,
-    "lifecycle": lifecycle_pb2.DESCRIPTOR,
-    "dispvm": dispvm_pb2.DESCRIPTOR,
-}
 
 
 class AccountError(RuntimeError):
@@ -63,16 +40,16 @@ class Account:
 
 @cache
 def callees() -> dict[str, frozenset[str]]:
-    """service -> services whose methods list it as a caller (from the proto options)."""
+    """service -> services whose methods list it as a caller (from the proto options).
+
+    Control is answered by every service; it needs no edge that is not there anyway.
+    """
     found: dict[str, set[str]] = {service: set() for service in SERVICES}
-    for callee, file in _FILES.items():
-        for descriptor in file.services_by_name.values():
-            for method in descriptor.methods:
-                access = method.GetOptions().Extensions[options_pb2.access]
-                for caller in access.callers:
-                    found.setdefault(caller, set()).add(callee)
-    # Control is answered by every service; only edges that exist above use it.
-    assert control_pb2.DESCRIPTOR.services_by_name
+    for method in METHODS.values():
+        callee = method.service.rpartition(".")[2].lower()
+        if callee in SERVICES:
+            for caller in method.callers:
+                found.setdefault(caller, set()).add(callee)
     return {caller: frozenset(callees) for caller, callees in found.items()}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from bulkhead.model.features import truthy
 from bulkhead.model.records import OperationState, Phase, Problem, Qube
 from bulkhead.model.specs import StartSpec
 from services.lifecycle.core import boot, guest_keys
-from services.lifecycle.executor import Outcome, StepContext, StepFailed
+from services.lifecycle.executor import Outcome, Step, StepContext, StepFailed
 from services.lifecycle.participants import block_device, domain_message, volume_messages
 
 NETVM_TIMEOUT_S = 3600.0
@@ -556,7 +557,7 @@ class Agent:
         """After the pivot nothing is undone."""
 
 
-STEPS = {
+STEPS: Mapping[str, Step] = {
     "verify": Verify(),
     "devices": Devices(),
     "netvm": Netvm(),
