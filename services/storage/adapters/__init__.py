@@ -1,0 +1,1 @@
+"""What storage touches beside its drivers: the data socket."""

@@ -1,0 +1,1 @@
+"""Pure rules of storage: names, kinds, revisions, reasons. No I/O, no clocks."""
