@@ -1,0 +1,375 @@
+"""Setting and resetting properties, of qubes and of the system, with all they cause.
+
+Owns the order of events and the consequences for other properties, tags, features,
+volumes and qubes. Must not know how a value is checked (setters) or computed
+(evaluate). Invariant: what a setter refuses makes no event; what a guard refuses was
+announced by its pre-event; setting the same value again fires all events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from bulkhead.model import events
+from bulkhead.model.evaluate import (
+    NO_DEFAULT,
+    Value,
+    default_of,
+    evaluate,
+    is_default,
+    is_preload,
+    is_running,
+    power_state,
+    provides_network,
+    template_of,
+)
+from bulkhead.model.events import ABSENT, OldValue
+from bulkhead.model.plan.base import Draft, by_name
+from bulkhead.model.plan.marks import delete_feature, keep_one_tag, set_feature
+from bulkhead.model.plan.volumes import follow_template
+from bulkhead.model.properties import (
+    DISP,
+    TEMPLATE,
+    PropertyRow,
+    find_row,
+    has_property,
+    rows_for,
+)
+from bulkhead.model.records import Phase, Qube
+from bulkhead.model.refusal import Refusal
+from bulkhead.model.setters import check_guards, check_reset, parse_property, parse_stored
+from bulkhead.model.view import View
+
+# Properties whose value is repeated as tag PREFIX-NAME.
+_TAGGED = ("guivm", "audiovm", "relayvm")
+# Guards that are part of the setter in 4.4: they refuse before anything is announced.
+_SILENT_GUARDS = frozenset({"provides_network"})
+DEFERRED_NETVM = "deferred-netvm-original"
+CLOCK_FEATURE = "service.clocksync"
+
+
+# ---- qubes
+
+
+def set_property(draft: Draft, qube: Qube, name: str, untrusted_value: str) -> None:
+    """Set a qube's property from the wire. Refusals of setters, NO_SUCH_PROPERTY."""
+    row = find_row(qube.klass, name)
+    text = parse_property(draft.view, qube, row, untrusted_value, guards=False)
+    store_property(draft, qube, row, text)
+
+
+def store_property(draft: Draft, qube: Qube, row: PropertyRow, text: str) -> None:
+    """Set a qube's property to text that its setter has accepted."""
+    view, name = draft.view, row.name
+    qube = draft.qube(qube.uuid)
+    new = value_of(row, text)
+    old = _old(view, qube, name)
+    if name in _SILENT_GUARDS:
+        check_guards(view, qube, row, text)
+    draft.emit(events.property_pre_set(qube, name, new, old))
+    check_guards(view, qube, row, text)
+    if name == "netvm":
+        _before_netvm(draft, qube)
+    qube = draft.set_stored(qube, name, text)
+    _consequences(draft, qube, row, new, old)
+    draft.emit(events.property_set_only(qube, name, new, old))
+    _mark_live(draft, qube, row)
+    _requalify(draft, qube)
+
+
+def reset_property(draft: Draft, qube: Qube, name: str) -> None:
+    """Back to the default. Refusals NO_SUCH_PROPERTY and those of check_reset."""
+    clear_property(draft, qube, find_row(qube.klass, name))
+
+
+def clear_property(draft: Draft, qube: Qube, row: PropertyRow) -> None:
+    """Back to the default; the four events come also where it is the default."""
+    view, name = draft.view, row.name
+    qube = draft.qube(qube.uuid)
+    old = _old(view, qube, name)
+    default = default_of(view, qube, name)
+    new: Value = None if default is NO_DEFAULT else default
+    burst = (
+        events.netvm_reset(qube, old, new)
+        if name == "netvm"
+        else events.property_reset(qube, name, old)
+    )
+    before = [e for e in burst if e.name.startswith(("property-pre-",))]
+    after = [e for e in burst if not e.name.startswith(("property-pre-",))]
+    if row.write_once or not row.resettable or name in _SILENT_GUARDS:
+        check_reset(view, qube, row)
+    draft.emit(before[0])
+    check_reset(view, qube, row)
+    draft.emit(*before[1:])
+    if name == "netvm":
+        _before_netvm(draft, qube)
+    if row.stored:
+        qube = draft.set_stored(qube, name, None)
+        _consequences(draft, qube, row, new, old)
+    draft.emit(*after)
+    _mark_live(draft, qube, row)
+    _requalify(draft, qube)
+
+
+def value_of(row: PropertyRow, text: str) -> Value:
+    """The value that a stored text means."""
+    match row.type:
+        case "int":
+            return int(text)
+        case "bool":
+            return text == "True"
+        case "qube" | "label" | "pool":
+            return text or None
+        case _:
+            return text
+
+
+def _old(view: View, qube: Qube | None, name: str) -> OldValue:
+    if is_default(view, qube, name):
+        default = default_of(view, qube, name)
+        return ABSENT if default is NO_DEFAULT else default
+    return evaluate(view, qube, name)
+
+
+def _mark_live(draft: Draft, qube: Qube, row: PropertyRow) -> None:
+    # What a paused qube gets for its netvm waits until it runs again.
+    if row.live and not (row.name == "netvm" and _paused(draft.view, qube)):
+        draft.live(qube)
+
+
+# ---- consequences
+
+
+def _consequences(draft: Draft, qube: Qube, row: PropertyRow, new: Value, old: OldValue) -> None:
+    view, name = draft.view, row.name
+    match name:
+        case "label" | "template_for_dispvms":
+            draft.emit(events.value_changed(qube, "icon"))
+        case "provides_network":
+            draft.emit(*events.values_changed(qube, ("gateway", "gateway6", "icon")))
+            _servicevm(draft, qube, bool(new))
+        case "template":
+            follow_template(draft, qube)
+        case "guivm" | "audiovm" | "relayvm":
+            keep_one_tag(draft, qube, name, str(new or ""))
+        case "netvm":
+            _connected(draft, qube, new)
+        case "ip" | "ip6":
+            _address_changed(draft, qube, name)
+        case "keyboard_layout":
+            for other in by_name(shown_by(view, qube)):
+                if is_default(view, other, name):
+                    draft.emit(events.value_changed(other, name))
+                    draft.live(other)
+        case "appvm_default_bootmode":
+            for child in children(view, qube):
+                if is_default(view, child, "bootmode"):
+                    draft.emit(events.value_changed(child, "bootmode"))
+    if row.propagates and qube.klass == TEMPLATE and new != old:
+        for child in children(view, qube):
+            if has_property(child.klass, name) and is_default(view, child, name):
+                draft.emit(events.value_changed(child, name))
+
+
+def children(view: View, template: Qube) -> Iterator[Qube]:
+    """ACTIVE qubes directly based on a template, by name."""
+    return by_name(q for q in view.referrers("template", template.name) if not q.hidden)
+
+
+def _servicevm(draft: Draft, qube: Qube, provides: bool) -> None:
+    if provides:
+        set_feature(draft, qube, "servicevm", "1")
+    elif "servicevm" in draft.qube(qube.uuid).features:
+        delete_feature(draft, qube, "servicevm")
+
+
+def _address_changed(draft: Draft, qube: Qube, name: str) -> None:
+    six = "6" if name == "ip6" else ""
+    if provides_network(qube):
+        draft.emit(events.value_changed(qube, f"gateway{six}"))
+    draft.emit(events.value_changed(qube, f"visible_ip{six}"))
+    for client in by_name(clients_of(draft.view, qube)):
+        draft.emit(events.value_changed(client, f"visible_gateway{six}"))
+
+
+def clients_of(view: View, netvm: Qube) -> Iterator[Qube]:
+    """ACTIVE qubes whose netvm it is, set or by default."""
+    for qube in view.referrers("netvm", netvm.name):
+        if not qube.hidden and has_property(qube.klass, "netvm"):
+            yield qube
+    if view.properties.get("default_netvm") == netvm.name:
+        yield from uses_default_netvm(view)
+
+
+def uses_default_netvm(view: View) -> Iterator[Qube]:
+    """ACTIVE qubes whose netvm is the system's default."""
+    return (q for q in view.without("netvm") if q.klass != TEMPLATE and _has(q, "netvm"))
+
+
+def shown_by(view: View, guivm: Qube) -> Iterator[Qube]:
+    """ACTIVE qubes whose guivm it is, set or by default."""
+    for qube in view.referrers("guivm", guivm.name):
+        if not qube.hidden and _has(qube, "guivm"):
+            yield qube
+    if evaluate(view, None, "default_guivm") == guivm.name:
+        yield from (q for q in view.without("guivm") if _has(q, "guivm"))
+
+
+def _has(qube: Qube, name: str) -> bool:
+    return has_property(qube.klass, name)
+
+
+# ---- netvm of a qube that runs
+
+
+def _paused(view: View, qube: Qube) -> bool:
+    return qube.run.phase is Phase.UP and power_state(view, qube) == "Paused"
+
+
+def _before_netvm(draft: Draft, qube: Qube) -> None:
+    """A paused qube keeps the name of the netvm that it is really connected to."""
+    if _paused(draft.view, qube) and DEFERRED_NETVM not in draft.qube(qube.uuid).features:
+        original = evaluate(draft.view, qube, "netvm")
+        set_feature(draft, qube, DEFERRED_NETVM, str(original or ""))
+
+
+def _connected(draft: Draft, qube: Qube, new: Value) -> None:
+    view = draft.view
+    netvm = view.qube(str(new)) if new else None
+    if netvm is None or qube.run.phase is not Phase.UP or _paused(view, qube):
+        return
+    if is_running(view, netvm):
+        draft.emit(events.net_domain_connect(netvm, qube))
+
+
+def apply_deferred_netvm(draft: Draft, qube: Qube) -> None:
+    """A qube that was paused when its netvm changed gets it now; nothing where none waits.
+
+    A preloaded disposable that nobody uses yet keeps waiting.
+    """
+    view = draft.view
+    qube = draft.qube(qube.uuid)
+    original = qube.features.get(DEFERRED_NETVM)
+    if original is None or not _has(qube, "netvm") or is_preload(view, qube):
+        return
+    old: Value = original if original and view.qube(original) is not None else None
+    new = evaluate(view, qube, "netvm")
+    netvm = view.qube(str(new)) if new else None
+    if netvm is not None and not is_running(view, netvm):
+        return
+    draft.emit(events.property_pre_set(qube, "netvm", new, old))
+    if netvm is not None:
+        draft.emit(events.net_domain_connect(netvm, qube))
+    draft.emit(events.property_set_only(qube, "netvm", new, old))
+    delete_feature(draft, qube, DEFERRED_NETVM)
+    draft.live(qube)
+
+
+# ---- the system
+
+
+def set_system(draft: Draft, name: str, untrusted_value: str) -> None:
+    """Set a system property from the wire."""
+    view = draft.view
+    row = find_row(None, name)
+    text = parse_property(view, None, row, untrusted_value)
+    new, old = value_of(row, text), _old(view, None, name)
+    draft.emit(events.property_pre_set(None, name, new, old))
+    _before_system(draft, name, new, old)
+    draft.set_system(name, text)
+    _after_system(draft, name, new, old)
+    draft.emit(events.property_set_only(None, name, new, old))
+
+
+def reset_system(draft: Draft, name: str) -> None:
+    """Back to the default."""
+    view = draft.view
+    row = find_row(None, name)
+    check_reset(view, None, row)
+    old = _old(view, None, name)
+    default = default_of(view, None, name)
+    new: Value = None if default is NO_DEFAULT else default
+    burst = events.property_reset(None, name, old)
+    draft.emit(*burst[:2])
+    _before_system(draft, name, new, old)
+    if row.stored:
+        draft.set_system(name, None)
+        _after_system(draft, name, new, old)
+    draft.emit(*burst[2:])
+
+
+def _before_system(draft: Draft, name: str, new: Value, old: OldValue) -> None:
+    view = draft.view
+    if name == "default_netvm":
+        row = find_row("AppVM", "netvm")
+        for qube in by_name(uses_default_netvm(view)):
+            draft.emit(events.property_pre_set(qube, "netvm", new, old))
+            check_guards(view, qube, row, str(new or ""))
+        for qube in by_name(uses_default_netvm(view)):
+            _before_netvm(draft, qube)
+    elif name == "clockvm":
+        clock = view.qube(str(new)) if new else None
+        if clock is not None and CLOCK_FEATURE not in clock.features:
+            set_feature(draft, clock, CLOCK_FEATURE, "1")
+            draft.live(clock)
+
+
+def _after_system(draft: Draft, name: str, new: Value, old: OldValue) -> None:
+    view = draft.view
+    match name:
+        case "default_netvm":
+            for qube in by_name(uses_default_netvm(view)):
+                _connected(draft, qube, new)
+                if new != old:
+                    draft.emit(events.property_set_only(qube, "netvm", new, old))
+                draft.emit(events.value_changed(qube, "netvm"))
+                _mark_live(draft, qube, find_row(qube.klass, "netvm"))
+        case "default_guivm" | "default_audiovm":
+            own = name.removeprefix("default_")
+            for qube in by_name(q for q in view.without(own) if _has(q, own)):
+                keep_one_tag(draft, qube, own, str(new or ""))
+                draft.emit(events.property_set_only(qube, own, new, old))
+                draft.live(qube)
+        case "default_dispvm":
+            for qube in by_name(view.without(name)):
+                if qube.klass != DISP and _has(qube, name):
+                    draft.emit(events.value_changed(qube, name))
+        case "clockvm":
+            former = view.qube(str(old)) if isinstance(old, str) and old != new else None
+            if former is not None and CLOCK_FEATURE in draft.qube(former.uuid).features:
+                delete_feature(draft, former, CLOCK_FEATURE)
+                draft.live(former)
+
+
+# ---- quarantine
+
+
+def _requalify(draft: Draft, qube: Qube) -> None:
+    """A quarantined qube that validates again is released."""
+    qube = draft.qube(qube.uuid)
+    if qube.quarantine and not stored_problem(draft.view, qube):
+        draft.put(replace(qube, quarantine="", raw=b""))
+
+
+def stored_problem(view: View, qube: Qube) -> str:
+    """Why the stored properties do not validate, "" where they do."""
+    rows = {row.name: row for row in rows_for(qube.klass)}
+    for name, text in qube.properties.items():
+        row = rows.get(name)
+        if row is None:
+            return f"unknown property {name}"
+        try:
+            parse_stored(view, qube, row, text)
+        except Refusal as refusal:
+            return refusal.message
+    if "template" in rows and template_of(view, qube) is None:
+        return "its template is missing"
+    if "label" in rows and "label" not in qube.properties:
+        return "it has no label"
+    return ""
+
+
+def tagged_properties(klass: str) -> tuple[str, ...]:
+    """Properties of a class whose value is repeated as a tag."""
+    return tuple(name for name in _TAGGED if has_property(klass, name))
