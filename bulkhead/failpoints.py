@@ -11,8 +11,11 @@ Armed by the environment variable BULKHEAD_FAILPOINTS (read once, at import):
   error        raise FailpointError
   error:N      at the N-th hit only
   sleep:SECONDS
-or, for a running test service, by the file named in BULKHEAD_FAILPOINTS_FILE, which
-is re-read at every hit while that variable is set.
+or, for running services under test, by the file named in BULKHEAD_FAILPOINTS_FILE, which
+is re-read at every hit while that variable is set. There the text is one or more stages
+separated by "|"; only the first is armed, and a kill or error that fires drops its
+stage first, so each stage fires once, however often the process starts again. What
+fired is appended to FILE.fired, one name a line.
 """
 
 from __future__ import annotations
@@ -69,9 +72,11 @@ def _fire(name: str) -> None:
     if name not in _TABLE:
         raise KeyError(f"failpoint {name} is in no table")
     armed = _ARMED
+    stages: list[str] = []
     if _FILE:
         try:
-            armed = {**_ARMED, **_parse(Path(_FILE).read_text())}
+            stages = Path(_FILE).read_text().strip().split("|")
+            armed = {**_ARMED, **_parse(stages[0])}
         except FileNotFoundError:
             pass
     action = armed.get(name)
@@ -84,8 +89,28 @@ def _fire(name: str) -> None:
         return
     if value and _HITS[name] != int(value):
         return
+    if stages and not _drop_stage(name, stages):
+        return
     if verb == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(60)  # the signal is on its way; go no further
     if verb == "error":
         raise FailpointError(f"failpoint {name}")
+
+
+def _drop_stage(name: str, stages: list[str]) -> bool:
+    """Disarm the first stage in the file; False when another process was faster."""
+    path = Path(_FILE)
+    claimed = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.rename(claimed)
+    except FileNotFoundError:
+        return False
+    with path.with_name(path.name + ".fired").open("a") as fired:
+        fired.write(name + "\n")
+    if stages[1:]:
+        claimed.write_text("|".join(stages[1:]))
+        claimed.rename(path)
+    else:
+        claimed.unlink()
+    return True

@@ -62,23 +62,39 @@ def _parser() -> argparse.ArgumentParser:
         name: str, run: Callable[[argparse.Namespace], int], text: str
     ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("--root", type=Path, default=Path("/"), metavar="DIR",
-                         help="everything lives below DIR (default: /)")  # fmt: skip
+        sub.add_argument(
+            "--root",
+            type=Path,
+            default=Path("/"),
+            metavar="DIR",
+            help="everything lives below DIR (default: /)",
+        )
         sub.set_defaults(run=run)
         return sub
 
     init = command("init", cmd_init, "make a new, empty store")
-    init.add_argument("--pool-dir", type=Path, metavar="DIR",
-                      help="where the pool varlibqubes keeps its files; a file system with "
-                      "reflink makes clones instant")  # fmt: skip
+    init.add_argument(
+        "--pool-dir",
+        type=Path,
+        metavar="DIR",
+        help="where the pool varlibqubes keeps its files; a file system with "
+        "reflink makes clones instant",
+    )
 
     start = command("run", cmd_run, "start all services and stay in the foreground")
-    start.add_argument("--hypervisor", metavar="URI",
-                       help="xen:///system, qemu:///system, qemu:///session or sim: "
-                       "(default: what this machine has)")  # fmt: skip
-    start.add_argument("--uplink-namespace", default="", metavar="NAME",
-                       help="network namespace that the outermost network qubes reach the "
-                       "world through (default: none)")  # fmt: skip
+    start.add_argument(
+        "--hypervisor",
+        metavar="URI",
+        help="xen:///system, qemu:///system, qemu:///session or sim: "
+        "(default: what this machine has)",
+    )
+    start.add_argument(
+        "--uplink-namespace",
+        default="",
+        metavar="NAME",
+        help="network namespace that the outermost network qubes reach the "
+        "world through (default: none)",
+    )
 
     status = command("status", cmd_status, "show each service: pid, user, privileges, lag")
     status.add_argument("--json", action="store_true", help="machine-readable")
@@ -110,8 +126,11 @@ def _parser() -> argparse.ArgumentParser:
     remove = verbs.add_parser("remove", help="remove a kernel")
     remove.add_argument("name")
     listing = verbs.add_parser("list", help="list installed kernels")
-    for sub, function in ((add, cmd_kernel_add), (remove, cmd_kernel_remove),
-                          (listing, cmd_kernel_list)):  # fmt: skip
+    for sub, function in (
+        (add, cmd_kernel_add),
+        (remove, cmd_kernel_remove),
+        (listing, cmd_kernel_list),
+    ):
         sub.add_argument("--root", type=Path, default=Path("/"), metavar="DIR")
         sub.set_defaults(run=function)
     return parser
@@ -141,14 +160,22 @@ def cmd_init(args: argparse.Namespace) -> int:
     if pool_dir is not None:
         argv += ["--pool-dir", str(pool_dir)]
     done = subprocess.run(
-        argv, capture_output=True, text=True, check=False, cwd="/", timeout=120,
-        user=registry.uid if registry else None, group=registry.gid if registry else None,
+        argv,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd="/",
+        timeout=120,
+        user=registry.uid if registry else None,
+        group=registry.gid if registry else None,
         extra_groups=list(registry.groups) if registry else None,
-    )  # fmt: skip
+    )
     if done.returncode != 0:
         raise CommandError(f"the store could not be made: {done.stderr.strip()}")
-    print(f"made {settings.store_file}; pool varlibqubes keeps its files in "
-          f"{pool_dir or settings.state_dir}")  # fmt: skip
+    print(
+        f"made {settings.store_file}; pool varlibqubes keeps its files in "
+        f"{pool_dir or settings.state_dir}"
+    )
     return 0
 
 
@@ -189,8 +216,9 @@ def cmd_run(args: argparse.Namespace) -> int:
     settings.check()
     layout.ensure(settings, accounts, _pool_dir(settings))
     if not isolated:
-        print("isolation is off: all services run as one user, because this is not root",
-              flush=True)  # fmt: skip
+        print(
+            "isolation is off: all services run as one user, because this is not root", flush=True
+        )
     return asyncio.run(_run(Supervisor(settings, accounts, own_libvirtd=choice.own_libvirtd)))
 
 
@@ -301,8 +329,10 @@ def cmd_history(args: argparse.Namespace) -> int:
         return 0
     for entry in entries:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(str(entry["time"]))))
-        print(f"{entry['revision']:>8}  {stamp}  {entry['source'] or entry['caller']:<16} "
-              f"{entry['method']}  {entry['result']}")  # fmt: skip
+        print(
+            f"{entry['revision']:>8}  {stamp}  {entry['source'] or entry['caller']:<16} "
+            f"{entry['method']}  {entry['result']}"
+        )
     return 0
 
 
@@ -335,8 +365,13 @@ def cmd_kernel_add(args: argparse.Namespace) -> int:
     """Spool the files where storage can read them, then bulkhead.kernel.Add."""
     from clients.cli.instance import kernels
 
-    kernels.add(Settings.load(_absolute(args.root)), args.name, vmlinuz=args.vmlinuz,
-                initramfs=args.initramfs, modules=args.modules)  # fmt: skip
+    kernels.add(
+        Settings.load(_absolute(args.root)),
+        args.name,
+        vmlinuz=args.vmlinuz,
+        initramfs=args.initramfs,
+        modules=args.modules,
+    )
     print(f"kernel {args.name} installed")
     return 0
 

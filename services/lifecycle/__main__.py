@@ -29,7 +29,11 @@ async def build(context: ServiceContext) -> LifecycleHandlers:
     )
     replica = context.replica(with_hidden=True)
     executor = Executor(
-        participants, replica, STEPS, uplink_namespace=context.settings.uplink_namespace
+        participants,
+        replica,
+        STEPS,
+        uplink_namespace=context.settings.uplink_namespace,
+        console_dir=context.settings.log_dir / "console",
     )
     watcher = Watcher(executor)
 

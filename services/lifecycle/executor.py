@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from bulkhead import codec
@@ -104,12 +105,15 @@ class Executor:
         steps: Mapping[tuple[str, str], Step],
         *,
         uplink_namespace: str = "",
+        console_dir: Path | None = None,
     ) -> None:
         self.participants = participants
         self.replica = replica
         self.steps = steps
         # The namespace that the outermost network qubes reach the world through.
         self.uplink_namespace = uplink_namespace
+        # Where serial consoles are logged, for hypervisors that write them to a file.
+        self.console_dir = console_dir
         self.epoch = 0
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._waiters: dict[str, list[asyncio.Future[Operation]]] = {}
@@ -125,8 +129,9 @@ class Executor:
         for message in reply.unfinished:
             operation = codec.operation_from_proto(message)
             if operation.state is not OperationState.QUEUED:
-                log.info("adopting %s %s at step %r", operation.kind, operation.id,
-                         operation.cursor)  # fmt: skip
+                log.info(
+                    "adopting %s %s at step %r", operation.kind, operation.id, operation.cursor
+                )
             self.adopt(operation)
 
     async def stop(self) -> None:
@@ -175,8 +180,9 @@ class Executor:
     def _ended(self, operation_id: str, task: asyncio.Task[None]) -> None:
         self._tasks.pop(operation_id, None)
         if not task.cancelled() and task.exception() is not None:
-            log.error("operation %s ended by an error of ours", operation_id,
-                      exc_info=task.exception())  # fmt: skip
+            log.error(
+                "operation %s ended by an error of ours", operation_id, exc_info=task.exception()
+            )
         # It may have become runnable again while the old task was ending.
         current = self.replica.view.operations.get(operation_id)
         if current is not None and not task.cancelled() and task.exception() is None:
@@ -189,8 +195,9 @@ class Executor:
         if success:
             work = self._guarded(operation, self._forward(operation, after_cursor=True))
         else:
-            problem = Problem("ABORTED", "IMPORT_FAILED", f"import failed: {reason}",
-                              {"reason": reason})  # fmt: skip
+            problem = Problem(
+                "ABORTED", "IMPORT_FAILED", f"import failed: {reason}", {"reason": reason}
+            )
             work = self._guarded(operation, self._compensate(operation, problem))
         self._take(operation, work)
 
@@ -279,10 +286,13 @@ class Executor:
                 await self._compensate(operation, _cancelled(operation))
                 return
             operation = await self._advance(
-                operation, step.name, OperationState.RUNNING,
-                progress=saga.progress_of(row, step), events=pending,
+                operation,
+                step.name,
+                OperationState.RUNNING,
+                progress=saga.progress_of(row, step),
+                events=pending,
                 pivoted=operation.pivoted or step.pivot,
-            )  # fmt: skip
+            )
             pending = ()
             outcome = await self._attempt(operation, step)
             if outcome is None:
@@ -292,8 +302,13 @@ class Executor:
                 operation = replace(operation, data={**operation.data, **outcome.data})
             pending = (*_events_of(step, self.replica.view, operation), *outcome.events)
             if outcome.waits:
-                await self._advance(operation, step.name, OperationState.WAITING_DATA,
-                                    events=pending, data=outcome.data)  # fmt: skip
+                await self._advance(
+                    operation,
+                    step.name,
+                    OperationState.WAITING_DATA,
+                    events=pending,
+                    data=outcome.data,
+                )
                 return
         await self._end(operation, OperationState.SUCCEEDED, None, result, pending)
 
@@ -312,22 +327,31 @@ class Executor:
                 attempts += 1
                 failure = Failure(problem_of(error), attempts, time.monotonic() - began)
             move = saga.after_failure(operation, failure)
-            log.warning("%s %s: step %s failed (%s), %s", operation.kind, operation.id,
-                        step.name, failure.problem.message, move.value)  # fmt: skip
+            log.warning(
+                "%s %s: step %s failed (%s), %s",
+                operation.kind,
+                operation.id,
+                step.name,
+                failure.problem.message,
+                move.value,
+            )
             if move is Move.RETRY:
                 await asyncio.sleep(saga.retry_delay(attempts))
                 continue
             if move is Move.STUCK:
                 if operation.state is not OperationState.STUCK:
-                    operation = await self._advance(operation, step.name, OperationState.STUCK,
-                                                    error=failure.problem)  # fmt: skip
+                    operation = await self._advance(
+                        operation, step.name, OperationState.STUCK, error=failure.problem
+                    )
                 await asyncio.sleep(saga.retry_delay(attempts))
                 continue
             if move is Move.FAIL_AFTER_PIVOT:
-                follow_up = KillSpec(_name_of(self.replica.view, operation),
-                                     _boot_of(self.replica.view, operation))  # fmt: skip
-                await self._end(operation, OperationState.FAILED, failure.problem, {}, (),
-                                follow_up)  # fmt: skip
+                follow_up = KillSpec(
+                    _name_of(self.replica.view, operation), _boot_of(self.replica.view, operation)
+                )
+                await self._end(
+                    operation, OperationState.FAILED, failure.problem, {}, (), follow_up
+                )
                 return None
             await self._compensate(operation, failure.problem)
             return None
@@ -336,8 +360,9 @@ class Executor:
         """Undo the steps up to the cursor, last first, then end."""
         row = OPERATIONS[operation.kind]
         for step in saga.to_undo(row, operation):
-            operation = await self._advance(operation, step.name, OperationState.COMPENSATING,
-                                            error=problem)  # fmt: skip
+            operation = await self._advance(
+                operation, step.name, OperationState.COMPENSATING, error=problem
+            )
             attempts = 0
             while True:
                 context = self._context(operation, step.name, 1000 + attempts)
@@ -348,8 +373,14 @@ class Executor:
                     break
                 except (BusError, Refusal, StepFailed) as error:
                     attempts += 1
-                    log.warning("%s %s: undo of %s failed (%s), attempt %d", operation.kind,
-                                operation.id, step.name, error, attempts)  # fmt: skip
+                    log.warning(
+                        "%s %s: undo of %s failed (%s), attempt %d",
+                        operation.kind,
+                        operation.id,
+                        step.name,
+                        error,
+                        attempts,
+                    )
                     await asyncio.sleep(saga.retry_delay(attempts))
         outcome = (
             OperationState.CANCELLED if problem.reason == "CANCELLED" else OperationState.FAILED

@@ -107,7 +107,7 @@ class LifecycleHandlers:
     async def sweep(
         self,
         request: control_pb2.SweepRequest,
-        call: Call,  # noqa: ARG002 - the bus's signature
+        call: Call,
     ) -> control_pb2.SweepReply:
         """Findings of a comparison of all inventories with the records."""
         return control_pb2.SweepReply(findings=await self.watcher.sweep())

@@ -135,9 +135,7 @@ class Watcher:
         while True:
             await self._pools_changed.wait()
             self._pools_changed.clear()
-            pools = [
-                codec.pool_to_proto(p) for p in self.executor.replica.view.pools.values()
-            ]  # fmt: skip
+            pools = [codec.pool_to_proto(p) for p in self.executor.replica.view.pools.values()]
             try:
                 await self.executor.participants.storage.watch_pools(
                     storage_pb2.WatchPoolsRequest(pools=pools), timeout=10.0

@@ -91,9 +91,17 @@ def _ensure_user(name: str, gid: int) -> int:
         return pwd.getpwnam(name).pw_uid
     except KeyError:
         _tool(
-            "useradd", "--system", "--no-create-home", "--home-dir", "/nonexistent",
-            "--shell", "/usr/sbin/nologin", "--gid", str(gid), name,
-        )  # fmt: skip
+            "useradd",
+            "--system",
+            "--no-create-home",
+            "--home-dir",
+            "/nonexistent",
+            "--shell",
+            "/usr/sbin/nologin",
+            "--gid",
+            str(gid),
+            name,
+        )
         return pwd.getpwnam(name).pw_uid
 
 

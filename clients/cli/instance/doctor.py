@@ -72,14 +72,21 @@ def _services(settings: Settings, launcher: dict[str, object]) -> Iterator[Findi
     for row in operator.health_of_all(settings, launcher):
         log = settings.log_dir / f"{row['service']}.log"
         if not row["ready"]:
-            yield Finding(f"service {row['service']}", row["reason"] or "is not ready",
-                          f"read {log}")  # fmt: skip
+            yield Finding(
+                f"service {row['service']}", row["reason"] or "is not ready", f"read {log}"
+            )
         elif row["restarts"] > 2:
-            yield Finding(f"service {row['service']}", f"was started {row['restarts']} times again",
-                          f"read {log}")  # fmt: skip
+            yield Finding(
+                f"service {row['service']}",
+                f"was started {row['restarts']} times again",
+                f"read {log}",
+            )
         if row["lag_s"] > 5:
-            yield Finding(f"service {row['service']}", f"its replica is {row['lag_s']} s old",
-                          f"read {log}; a stop and start of the instance resynchronises")  # fmt: skip
+            yield Finding(
+                f"service {row['service']}",
+                f"its replica is {row['lag_s']} s old",
+                f"read {log}; a stop and start of the instance resynchronises",
+            )
 
 
 def _store(settings: Settings) -> Iterator[Finding]:
@@ -96,8 +103,11 @@ def _store(settings: Settings) -> Iterator[Finding]:
         )
     for entry in status.quarantined:
         name, _, why = entry.partition(": ")
-        yield Finding(f"qube {name}", f"is quarantined: {why}",
-                      "repair it with qvm-prefs, or remove it with qvm-remove")  # fmt: skip
+        yield Finding(
+            f"qube {name}",
+            f"is quarantined: {why}",
+            "repair it with qvm-prefs, or remove it with qvm-remove",
+        )
     for warning in status.warnings:
         yield Finding("store", warning, "see docs/operations.md")
 
@@ -110,12 +120,18 @@ def _sockets(settings: Settings) -> Iterator[Finding]:
         status = path.stat()
         mode = stat.S_IMODE(status.st_mode)
         if mode & ~SOCKET_DIRECTORY_MODE:
-            yield Finding(str(path), f"has mode {mode:04o}: others can reach its sockets",
-                          f"chmod {SOCKET_DIRECTORY_MODE:04o} {path}")  # fmt: skip
+            yield Finding(
+                str(path),
+                f"has mode {mode:04o}: others can reach its sockets",
+                f"chmod {SOCKET_DIRECTORY_MODE:04o} {path}",
+            )
         expected = settings.users.get(service, os.getuid())
         if status.st_uid != expected:
-            yield Finding(str(path), f"belongs to uid {status.st_uid}, not {expected}",
-                          "stop the instance and start it again, which mends it")  # fmt: skip
+            yield Finding(
+                str(path),
+                f"belongs to uid {status.st_uid}, not {expected}",
+                "stop the instance and start it again, which mends it",
+            )
 
 
 def _images(settings: Settings) -> Iterator[Finding]:
@@ -126,17 +142,27 @@ def _images(settings: Settings) -> Iterator[Finding]:
     try:
         account = pwd.getpwnam(user)
     except KeyError:
-        yield Finding(f"user {user}", "does not exist, though QEMU should run as it",
-                      "install libvirt's packages again")  # fmt: skip
+        yield Finding(
+            f"user {user}",
+            "does not exist, though QEMU should run as it",
+            "install libvirt's packages again",
+        )
         return
     for image in settings.state_dir.glob("appvms/*/*-dirty.img"):
         done = subprocess.run(
-            ["/usr/bin/test", "-r", str(image)], check=False, timeout=10, user=account.pw_uid,
-            group=account.pw_gid, extra_groups=os.getgrouplist(user, account.pw_gid),
-        )  # fmt: skip
+            ["/usr/bin/test", "-r", str(image)],
+            check=False,
+            timeout=10,
+            user=account.pw_uid,
+            group=account.pw_gid,
+            extra_groups=os.getgrouplist(user, account.pw_gid),
+        )
         if done.returncode != 0:
-            yield Finding(str(image), f"user {user} cannot read it",
-                          f"add {user} to group bulkhead-disk and restart libvirtd")  # fmt: skip
+            yield Finding(
+                str(image),
+                f"user {user} cannot read it",
+                f"add {user} to group bulkhead-disk and restart libvirtd",
+            )
 
 
 def _sweep(settings: Settings) -> Iterator[Finding]:

@@ -33,9 +33,13 @@ def health_of_all(settings: Settings, launcher: Mapping[str, object]) -> list[Ro
         row: Row = {"service": service, "pid": child.get("pid"), "restarts": child["restarts"]}
         try:
             health = operator_call(
-                settings, service, "bulkhead.api.Control.Health", control_pb2.HealthRequest(),
-                control_pb2.HealthReply, TIMEOUT_S,
-            )  # fmt: skip
+                settings,
+                service,
+                "bulkhead.api.Control.Health",
+                control_pb2.HealthRequest(),
+                control_pb2.HealthReply,
+                TIMEOUT_S,
+            )
             row.update(
                 user=_user(health.uid),
                 ready=health.ready,
@@ -49,8 +53,18 @@ def health_of_all(settings: Settings, launcher: Mapping[str, object]) -> list[Ro
                 counters=dict(sorted(health.counters.items())),
             )
         except (BusError, SettingsError, OSError) as error:
-            row.update(user="?", ready=False, reason=str(error), revision=0, seq=0, lag_s=0.0,
-                       uptime_s=0.0, in_flight=0, privileges={}, counters={})  # fmt: skip
+            row.update(
+                user="?",
+                ready=False,
+                reason=str(error),
+                revision=0,
+                seq=0,
+                lag_s=0.0,
+                uptime_s=0.0,
+                in_flight=0,
+                privileges={},
+                counters={},
+            )
         rows.append(row)
     return rows
 
@@ -64,15 +78,21 @@ def _user(uid: int) -> str:
 
 def print_status(settings: Settings, rows: Sequence[Row]) -> None:
     """The table of `bulkhead status`."""
-    print(f"root {settings.root}   hypervisor {settings.hypervisor}   "
-          f"isolation {'on' if settings.isolated else 'OFF: all services share one user'}")  # fmt: skip
-    print(f"{'SERVICE':<10} {'PID':>7} {'USER':<20} {'STATE':<10} {'REVISION':>8} {'LAG':>7} "
-          f"{'RESTARTS':>8}  PRIVILEGES")  # fmt: skip
+    print(
+        f"root {settings.root}   hypervisor {settings.hypervisor}   "
+        f"isolation {'on' if settings.isolated else 'OFF: all services share one user'}"
+    )
+    print(
+        f"{'SERVICE':<10} {'PID':>7} {'USER':<20} {'STATE':<10} {'REVISION':>8} {'LAG':>7} "
+        f"{'RESTARTS':>8}  PRIVILEGES"
+    )
     for row in rows:
         state = "ready" if row["ready"] else "not ready"
         privileges = " ".join(f"{key}={value}" for key, value in row["privileges"].items())
-        print(f"{row['service']:<10} {row['pid'] or '-':>7} {row['user']:<20} {state:<10} "
-              f"{row['revision']:>8} {row['lag_s']:>6.2f}s {row['restarts']:>8}  {privileges}")  # fmt: skip
+        print(
+            f"{row['service']:<10} {row['pid'] or '-':>7} {row['user']:<20} {state:<10} "
+            f"{row['revision']:>8} {row['lag_s']:>6.2f}s {row['restarts']:>8}  {privileges}"
+        )
         if row["reason"]:
             print(f"{'':10} {row['reason']}")
 
@@ -80,10 +100,13 @@ def print_status(settings: Settings, rows: Sequence[Row]) -> None:
 def history(settings: Settings, *, qube: str, limit: int) -> list[Row]:
     """Audit entries, newest first."""
     reply = operator_call(
-        settings, "registry", "bulkhead.api.Registry.History",
+        settings,
+        "registry",
+        "bulkhead.api.Registry.History",
         registry_pb2.HistoryRequest(limit=limit, qube=qube, reverse=True),
-        registry_pb2.HistoryReply, DUMP_TIMEOUT_S,
-    )  # fmt: skip
+        registry_pb2.HistoryReply,
+        DUMP_TIMEOUT_S,
+    )
     return [
         {
             "revision": entry.revision,
@@ -106,9 +129,13 @@ def dump(settings: Settings) -> str:
     page = 0
     while True:
         reply = operator_call(
-            settings, "registry", "bulkhead.api.Registry.Dump",
-            registry_pb2.DumpRequest(page=page), registry_pb2.DumpReply, DUMP_TIMEOUT_S,
-        )  # fmt: skip
+            settings,
+            "registry",
+            "bulkhead.api.Registry.Dump",
+            registry_pb2.DumpRequest(page=page),
+            registry_pb2.DumpReply,
+            DUMP_TIMEOUT_S,
+        )
         pages.append(reply.canonical_json)
         if reply.last:
             return "".join(pages)
@@ -118,25 +145,36 @@ def dump(settings: Settings) -> str:
 def resolve(settings: Settings, *, adopt: bool) -> int:
     """Adopt or discard a foreign edit; the new revision."""
     reply = operator_call(
-        settings, "registry", "bulkhead.api.Registry.ResolveForeignEdit",
+        settings,
+        "registry",
+        "bulkhead.api.Registry.ResolveForeignEdit",
         registry_pb2.ResolveForeignEditRequest(adopt=adopt),
-        registry_pb2.ResolveForeignEditReply, DUMP_TIMEOUT_S,
-    )  # fmt: skip
+        registry_pb2.ResolveForeignEditReply,
+        DUMP_TIMEOUT_S,
+    )
     return int(reply.revision)
 
 
 def store_status(settings: Settings) -> registry_pb2.StoreStatusReply:
     """What the registry says of its store."""
     return operator_call(
-        settings, "registry", "bulkhead.api.Registry.StoreStatus",
-        registry_pb2.StoreStatusRequest(), registry_pb2.StoreStatusReply, TIMEOUT_S,
-    )  # fmt: skip
+        settings,
+        "registry",
+        "bulkhead.api.Registry.StoreStatus",
+        registry_pb2.StoreStatusRequest(),
+        registry_pb2.StoreStatusReply,
+        TIMEOUT_S,
+    )
 
 
 def sweep(settings: Settings) -> list[str]:
     """Findings of a comparison of all inventories with the records."""
     reply = operator_call(
-        settings, "lifecycle", "bulkhead.api.Control.Sweep", control_pb2.SweepRequest(),
-        control_pb2.SweepReply, 60.0,
-    )  # fmt: skip
+        settings,
+        "lifecycle",
+        "bulkhead.api.Control.Sweep",
+        control_pb2.SweepRequest(),
+        control_pb2.SweepReply,
+        60.0,
+    )
     return list(reply.findings)

@@ -220,9 +220,12 @@ class Supervisor:
             delay = RESTART_DELAYS[min(failures, len(RESTART_DELAYS) - 1)]
             log.warning(
                 "%s ended (%s) after %.1f s: starting it again in %.2f s; its log: %s",
-                child.name, _exit_text(child.last_exit), lived, delay,
+                child.name,
+                _exit_text(child.last_exit),
+                lived,
+                delay,
                 self.settings.log_dir / f"{child.name}.log",
-            )  # fmt: skip
+            )
             await asyncio.sleep(delay)
             child.restarts += 1
             self._spawn(child)

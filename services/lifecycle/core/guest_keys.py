@@ -55,9 +55,16 @@ def boot_tree(view: View, qube: Qube, *, timezone: str, seed: bytes) -> Tree:
 
 def network_tree(view: View, qube: Qube) -> Tree:
     """The network part, rewritten when the netvm of a running qube changes."""
-    remove = ("/qubes-mac", "/qubes-ip", "/qubes-netmask", "/qubes-gateway",
-              "/qubes-primary-dns", "/qubes-secondary-dns", "/qubes-ip6",
-              "/qubes-gateway6")  # fmt: skip
+    remove = (
+        "/qubes-mac",
+        "/qubes-ip",
+        "/qubes-netmask",
+        "/qubes-gateway",
+        "/qubes-primary-dns",
+        "/qubes-secondary-dns",
+        "/qubes-ip6",
+        "/qubes-gateway6",
+    )
     tree = _checked([*_provider(view, qube), *_client(view, qube)])
     written = {key for key, _ in tree.write}
     return Tree(tree.write, tuple(key for key in remove if key not in written), tree.refused)
@@ -110,9 +117,8 @@ def clients_of(view: View, provider: Qube) -> list[Qube]:
     found = [q for q in view.referrers("netvm", provider.name) if not q.hidden]
     if view.properties.get("default_netvm") == provider.name:
         found.extend(
-            q for q in view.without("netvm")
-            if q.klass not in ("AdminVM", "RemoteVM", "TemplateVM")
-        )  # fmt: skip
+            q for q in view.without("netvm") if q.klass not in ("AdminVM", "RemoteVM", "TemplateVM")
+        )
     return found
 
 

@@ -33,9 +33,13 @@ def subject(context: StepContext) -> Qube:
     qube = context.view.by_uuid_any(context.operation.subjects[0])
     if qube is None:
         raise StepFailed(
-            Problem("NOT_FOUND", "QUBE_NOT_FOUND", "the qube's record is gone",
-                    {"uuid": context.operation.subjects[0]})
-        )  # fmt: skip
+            Problem(
+                "NOT_FOUND",
+                "QUBE_NOT_FOUND",
+                "the qube's record is gone",
+                {"uuid": context.operation.subjects[0]},
+            )
+        )
     return qube
 
 
@@ -308,6 +312,7 @@ class CreatePaused:
             epoch=context.epoch,
             devices=devices,
             tap=context.operation.data.get("tap", ""),
+            console_log=_console_log(context, qube),
         )
         await context.participants.domains.create_paused(
             domains_pb2.CreatePausedRequest(spec=domain_message(domain)),
@@ -322,6 +327,14 @@ class CreatePaused:
             timeout=CALL_TIMEOUT_S,
             context=context.call("destroy"),
         )
+
+
+def _console_log(context: StepContext, qube: Qube) -> str:
+    """File for the serial console; Xen logs consoles itself."""
+    directory = context.executor.console_dir
+    if directory is None or not boot.namespaces_in_use(context.view):
+        return ""
+    return str(directory / f"guest-{qube.name}.log")
 
 
 class GuestKeys:

@@ -44,9 +44,13 @@ def _volume(context: StepContext, name: str, volume: str) -> tuple[Qube, boot.Vo
     declared = qube.volume(volume) if qube is not None else None
     if qube is None or declared is None:
         raise StepFailed(
-            Problem("NOT_FOUND", "VOLUME_NOT_FOUND", f"volume {volume} of {name} is gone",
-                    {"qube": name, "volume": volume})
-        )  # fmt: skip
+            Problem(
+                "NOT_FOUND",
+                "VOLUME_NOT_FOUND",
+                f"volume {volume} of {name} is gone",
+                {"qube": name, "volume": volume},
+            )
+        )
     spec = boot.VolumeSpec(
         boot.live_volume(context.view, qube, declared), boot.pool_of(context.view, declared)
     )
