@@ -7,6 +7,10 @@ order, each entry once; a resync entry tells them that entries were missed.
 libzmq sends its own welcome message when a subscriber connects, before the subscription
 is in force; here the publisher answers each subscription with a progress message, which
 can only arrive when it is.
+
+Each entry goes out once per topic, with the same seq: with hidden records for
+HIDDEN_READERS, without them for everybody. The publisher grants each subscription
+itself, by the name that the ZAP handler gave to the connection.
 """
 
 from __future__ import annotations
@@ -25,12 +29,20 @@ from bulkhead.api import records_pb2, registry_pb2
 from bulkhead.bus import sockets
 from bulkhead.bus.client import CallContext, Connections
 from bulkhead.bus.errors import BusError, bus_error
-from bulkhead.bus.frames import ENTRY_LIMIT, PREFIX, FrameError, decode_entry
+from bulkhead.bus.frames import (
+    ENTRY_LIMIT,
+    TOPIC_HIDDEN,
+    TOPIC_VISIBLE,
+    FrameError,
+    decode_entry,
+)
 from bulkhead.bus.replica import Apply, AskPage, Load, Replica
 from bulkhead.config import Settings
 from bulkhead.model.records import Change, QubePut, QubeRemoved, WireEvent
 from bulkhead.model.view import View
 
+# Who may have records that are being created or removed.
+HIDDEN_READERS = frozenset({"lifecycle", "dispvm"})
 PROGRESS_S = 1.0
 _BATCH = 256
 _RETRY_S = 0.1
@@ -46,7 +58,7 @@ class Publisher:
         self._progress = records_pb2.StreamEntry(progress=True)
         self._timer: asyncio.TimerHandle | None = None
         self._scheduled = False
-        self.subscribers = 0
+        self._granted = 0
 
     def start(self, endpoint: str, store_id: str, registry_boot: str, revision: int = 0) -> None:
         """Bind and begin with seq 0; call before the first publish()."""
@@ -57,19 +69,36 @@ class Publisher:
         self._loop.add_reader(self._fd, self._drain)
         self._tick()
 
-    def publish(self, entry: records_pb2.StreamEntry) -> None:
+    def publish(
+        self, entry: records_pb2.StreamEntry, public: records_pb2.StreamEntry | None = None
+    ) -> None:
         """Send an entry; its seq must be the last one + 1. store_id and registry_boot are
-        filled in. ValueError when the sequence breaks or the entry is too large."""
-        if entry.seq != self._progress.seq + 1:
+        filled in. public: what readers without hidden records get instead, None = the
+        same. ValueError when the sequence breaks or the entry is too large."""
+        if entry.seq != self._progress.seq + 1 or (public and public.seq != entry.seq):
             raise ValueError(f"entry {entry.seq} after {self._progress.seq}")
+        full = self._encode(entry)
+        visible = full if public is None else self._encode(public)
+        self._progress.seq = entry.seq
+        self._progress.revision = max(self._progress.revision, entry.revision)
+        self._send(full, visible)
+
+    def skip(self, seq: int, revision: int) -> None:
+        """Entry `seq` is not sent, for its size: followers see the hole at once and take
+        a new snapshot. ValueError when the sequence breaks."""
+        if seq != self._progress.seq + 1:
+            raise ValueError(f"entry {seq} after {self._progress.seq}")
+        self._progress.seq = seq
+        self._progress.revision = max(self._progress.revision, revision)
+        self._say_progress()
+
+    def _encode(self, entry: records_pb2.StreamEntry) -> bytes:
         entry.store_id = self._progress.store_id
         entry.registry_boot = self._progress.registry_boot
         data = entry.SerializeToString()
         if len(data) > ENTRY_LIMIT:
             raise ValueError(f"entry {entry.seq} has {len(data)} bytes")
-        self._progress.seq = entry.seq
-        self._progress.revision = max(self._progress.revision, entry.revision)
-        self._send(data)
+        return data
 
     def close(self) -> None:
         """Stop publishing."""
@@ -78,34 +107,62 @@ class Publisher:
         self._loop.remove_reader(self._fd)
         self._socket.close(linger=200)
 
-    def _send(self, data: bytes) -> None:
+    def _send(self, full: bytes, visible: bytes) -> None:
         # XPUB never blocks: above the high water mark it drops for that subscriber,
         # which then sees the hole.
-        self._socket.send_multipart((PREFIX, data), zmq.NOBLOCK)
+        self._socket.send_multipart((TOPIC_HIDDEN, full), zmq.NOBLOCK)
+        self._socket.send_multipart((TOPIC_VISIBLE, visible), zmq.NOBLOCK)
         if not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._drain)
 
+    def _say_progress(self) -> None:
+        data = self._progress.SerializeToString()
+        self._send(data, data)
+
     def _tick(self) -> None:
         self._timer = self._loop.call_later(PROGRESS_S, self._tick)
-        self._send(self._progress.SerializeToString())
+        self._say_progress()
 
     def _drain(self) -> None:
-        """Take in subscriptions; answer each with a progress message."""
+        """Grant or refuse subscriptions; answer each granted one with a progress message."""
         self._scheduled = False
         joined = False
         while not self._socket.closed:
             try:
-                untrusted = self._socket.recv_multipart(zmq.NOBLOCK)
+                frame = self._socket.recv(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 break
-            if untrusted[0][:1] == b"\x01":
-                self.subscribers += 1
+            untrusted = frame.bytes
+            topic = untrusted[1:]
+            if untrusted[:1] == b"\x01" and self._may_read(frame, topic):
+                self._socket.setsockopt(zmq.SUBSCRIBE, topic)
+                self._granted += 1
                 joined = True
-            elif untrusted[0][:1] == b"\x00":
-                self.subscribers = max(0, self.subscribers - 1)
+            elif untrusted[:1] == b"\x00" and topic in (TOPIC_VISIBLE, TOPIC_HIDDEN):
+                self._granted -= 1
         if joined:
-            self._send(self._progress.SerializeToString())
+            self._say_progress()
+
+    @staticmethod
+    def _may_read(frame: zmq.Frame, untrusted_topic: bytes) -> bool:
+        if untrusted_topic == TOPIC_VISIBLE:
+            return True
+        return untrusted_topic == TOPIC_HIDDEN and _reader(frame) in HIDDEN_READERS
+
+    @property
+    def subscribers(self) -> int:
+        """Subscriptions in force."""
+        return max(0, self._granted)
+
+
+def _reader(frame: zmq.Frame) -> str:
+    """The subscriber's name as the ZAP handler gave it, "" without one."""
+    try:
+        name = frame.get("User-Id")
+    except zmq.ZMQError:
+        return ""
+    return name if isinstance(name, str) else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +192,8 @@ class _Waiter:
 class ReplicaRunner:
     """Keeps a View equal to the registry's state.
 
-    with_hidden False leaves out records that are not ACTIVE (adminapi and backup may
-    not have them). `view` is replaced by a new object at each resync: do not keep it.
+    with_hidden False leaves out records that are not ACTIVE (only HIDDEN_READERS may have
+    them). `view` is replaced by a new object at each resync: do not keep it.
     """
 
     def __init__(
@@ -168,7 +225,7 @@ class ReplicaRunner:
         self._socket = sockets.sub(connections.context, plain=connections.plain)
         self._fd = self._socket.FD
         self._loop.add_reader(self._fd, self._drain)
-        self._socket.subscribe(PREFIX)
+        self._socket.subscribe(TOPIC_HIDDEN if with_hidden else TOPIC_VISIBLE)
         self._socket.connect(settings.socket("registry", "stream"))
         self._schedule()
 

@@ -17,6 +17,9 @@ MAGIC = b"BKH"
 VERSION = 1
 # First frame of every message, on the lanes and on the stream.
 PREFIX = MAGIC + bytes((VERSION,))
+# Topics of the stream: without hidden records for everybody, with them for few.
+TOPIC_VISIBLE = PREFIX + b"v"
+TOPIC_HIDDEN = PREFIX + b"h"
 
 REQUEST_ID_BYTES = 16
 # Largest message on a lane; bulk data never crosses the bus.
@@ -102,10 +105,10 @@ def encode_reply_header(
 
 
 def decode_entry(untrusted_parts: Sequence[bytes]) -> records_pb2.StreamEntry:
-    """A stream message [prefix][StreamEntry]. FrameError otherwise."""
+    """A stream message [topic][StreamEntry]. FrameError otherwise."""
     if len(untrusted_parts) != 2:
         raise FrameError("dropped_frame_count")
-    if untrusted_parts[0] != PREFIX:
+    if untrusted_parts[0] not in (TOPIC_VISIBLE, TOPIC_HIDDEN):
         raise FrameError("dropped_magic")
     try:
         return records_pb2.StreamEntry.FromString(untrusted_parts[1])
