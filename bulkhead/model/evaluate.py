@@ -32,6 +32,7 @@ from bulkhead.model.properties import (
     STANDALONE,
     TEMPLATE,
     TEMPLATE_BASED,
+    UNKNOWN_CLASS,
     Computed,
     Constant,
     FromSystem,
@@ -112,7 +113,7 @@ def evaluate(view: View, qube: Qube | None, name: str) -> Value:
             return system.decode(text)
         value = system.default(view)
     else:
-        reader = _READERS[qube.klass].get(name)
+        reader = _READERS.get(qube.klass, _UNKNOWN).get(name)
         if reader is None:
             find_row(qube.klass, name)
             raise AssertionError(name)
@@ -132,7 +133,7 @@ def default_of(view: View, qube: Qube | None, name: str) -> Value | Missing:
         find_row(None, name)
         return _SYSTEM[name].default(view)
     find_row(qube.klass, name)
-    return _READERS[qube.klass][name].default(view, qube)
+    return _READERS.get(qube.klass, _UNKNOWN)[name].default(view, qube)
 
 
 def is_default(view: View, qube: Qube | None, name: str) -> bool:
@@ -142,7 +143,7 @@ def is_default(view: View, qube: Qube | None, name: str) -> bool:
     row = find_row(qube.klass, name)
     if not row.stored:
         return True
-    if _READERS[qube.klass][name].own is not None:
+    if _READERS.get(qube.klass, _UNKNOWN)[name].own is not None:
         return False
     return name not in qube.properties
 
@@ -712,4 +713,7 @@ def _system_value(view: View, name: str) -> Value | Missing:
 _SYSTEM: Mapping[str, _SystemReader] = {row.name: _SystemReader(row) for row in rows_for(None)}
 _READERS: Mapping[str, Mapping[str, _Reader]] = {
     klass: {row.name: _Reader(row, klass) for row in rows_for(klass)} for klass in CLASSES
+}
+_UNKNOWN: Mapping[str, _Reader] = {
+    row.name: _Reader(row, UNKNOWN_CLASS) for row in rows_for(UNKNOWN_CLASS)
 }

@@ -528,22 +528,31 @@ _INDEX: Mapping[str | None, Mapping[str, PropertyRow]] = {
     None: {row.name: row for row in SYSTEM_ROWS},
     **{klass: {row.name: row for row in rows} for klass, rows in _BY_CLASS.items()},
 }
+# A class that this release does not know (from a file of another one): its qubes are
+# quarantined, but listed, so what all classes have is answered.
+UNKNOWN_CLASS = ""
+_COMMON = tuple(
+    row
+    for row in _BY_CLASS[REMOTE]
+    if row.name in {"name", "qid", "uuid", "label", "klass", "icon"}
+)
+_COMMON_INDEX: Mapping[str, PropertyRow] = {row.name: row for row in _COMMON}
 ALL_ROWS: tuple[PropertyRow, ...] = _QUBE_ROWS + SYSTEM_ROWS
 
 
 def rows_for(klass: str | None) -> tuple[PropertyRow, ...]:
     """Rows of a class, or with None of the system, in wire and storage order."""
-    return SYSTEM_ROWS if klass is None else _BY_CLASS[klass]
+    return SYSTEM_ROWS if klass is None else _BY_CLASS.get(klass, _COMMON)
 
 
 def has_property(klass: str | None, name: str) -> bool:
     """True when holders of that class (None: the system) have the property."""
-    return name in _INDEX[klass]
+    return name in _INDEX.get(klass, _COMMON_INDEX)
 
 
 def find_row(klass: str | None, name: str) -> PropertyRow:
     """The row of a class (None: of the system); Refusal NO_SUCH_PROPERTY."""
-    row = _INDEX[klass].get(name)
+    row = _INDEX.get(klass, _COMMON_INDEX).get(name)
     if row is None:
         shown = name if name.isascii() and name.isprintable() else ascii(name)
         holder = "the system" if klass is None else f"qubes of class {klass}"

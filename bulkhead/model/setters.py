@@ -71,8 +71,8 @@ def parse_property(
 def parse_stored(view: View, qube: Holder, row: PropertyRow, text: str) -> str:
     """The text to keep for a value from qubes.xml, in the form that is written today.
 
-    Other qubes must be in the view already. No guards, as on every load. Refusals as
-    parse_property.
+    Other qubes must be in the view already. No guards and no search for network loops:
+    the loader breaks those once all qubes are there. Refusals as parse_property.
     """
     if not row.settable:
         raise _refused(qube, row, text, "it is computed and cannot be stored")
@@ -84,7 +84,7 @@ def parse_stored(view: View, qube: Holder, row: PropertyRow, text: str) -> str:
     if not grammar.python_printable(text):
         raise _invalid(qube, row, text, "unprintable characters")
     parsed = _PARSERS.get(row.type, _parse_text)(view, qube, row, text)
-    return _check(view, qube, row, parsed)
+    return _check(view, qube, row, parsed, loops=False)
 
 
 def check_guards(view: View, qube: Holder, row: PropertyRow, text: str) -> None:
@@ -139,6 +139,8 @@ def _parse_text(view: View, qube: Holder, row: PropertyRow, untrusted_value: str
     del view
     if not grammar.python_printable(untrusted_value):
         raise _invalid(qube, row, untrusted_value, "unprintable characters")
+    if "\x0b" in untrusted_value or "\x0c" in untrusted_value:
+        raise _invalid(qube, row, untrusted_value, "vertical tabs and form feeds cannot be stored")
     return untrusted_value
 
 
@@ -223,9 +225,9 @@ _PARSERS: Mapping[str, _Parser] = {
 # ---- setters: typed text to stored text
 
 
-def _check(view: View, qube: Holder, row: PropertyRow, text: str) -> str:
+def _check(view: View, qube: Holder, row: PropertyRow, text: str, *, loops: bool = True) -> str:
     if row.type == "qube":
-        return _check_reference(view, qube, row, text)
+        return _check_reference(view, qube, row, text, loops)
     if row.type == "pool":
         if text not in view.pools:
             raise _refused(qube, row, text, "No such storage pool")
@@ -234,7 +236,7 @@ def _check(view: View, qube: Holder, row: PropertyRow, text: str) -> str:
     return text if setter is None else setter(qube, row, text)
 
 
-def _check_reference(view: View, qube: Holder, row: PropertyRow, text: str) -> str:
+def _check_reference(view: View, qube: Holder, row: PropertyRow, text: str, loops: bool) -> str:
     if not text:
         if not row.none_allowed:
             raise _refused(qube, row, text, "a qube must be given")
@@ -264,7 +266,8 @@ def _check_reference(view: View, qube: Holder, row: PropertyRow, text: str) -> s
                 value=text,
                 qube=_name(qube),
             )
-        _check_loop(view, qube, row, text)
+        if loops:
+            _check_loop(view, qube, row, text)
     return text
 
 
