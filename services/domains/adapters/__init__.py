@@ -1,0 +1,1 @@
+"""What domains touches outside itself: libvirt, the simulated hypervisor, guest keys, daemons."""

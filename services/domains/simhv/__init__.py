@@ -1,0 +1,1 @@
+"""The simulated hypervisor: a process of its own, which outlives domains."""
