@@ -70,10 +70,9 @@ class Instance:
         self.root = Path(tempfile.mkdtemp(prefix="bh", dir="/tmp"))
         self.root.chmod(0o755)
         self.hypervisor = hypervisor
-        self.failpoints = self.root / "failpoints"
         # Every service may disarm what it fired.
         (self.root / "fp").mkdir()
-        (self.root / "fp").chmod(0o1777)
+        (self.root / "fp").chmod(0o777)
         self.failpoints = self.root / "fp" / "armed"
         self.process: subprocess.Popen[bytes] | None = None
         self.log = self.root / "launcher.log"
