@@ -119,7 +119,7 @@ class Engine:
         fatal: Callable[[BaseException], None],
         log: logging.Logger,
         clock: Callable[[], float] = time.time,
-        entry_limit: int = 768 * 1024,
+        entry_limit: int = 4 * 1024 * 1024,
     ) -> None:
         self.view = view
         self.journal = journal
@@ -233,13 +233,18 @@ class Engine:
 
     def _settle(self, batch: Batch) -> None:
         """The batch is durable: number, publish, tell, answer."""
-        accepted = [o for o in batch.outcomes if isinstance(o, Accepted)]
         self.revision, self.seq = batch.revision, batch.seq
-        for piece in accepted:
-            if piece.planned.epoch is not None:
-                self.epoch = piece.planned.epoch
-            if piece.published:
-                self._publish(piece)
+        accepted: list[Accepted] = []
+        for outcome in batch.outcomes:
+            if isinstance(outcome, Refused):
+                if outcome.events:
+                    self._announce(outcome)
+                continue
+            accepted.append(outcome)
+            if outcome.planned.epoch is not None:
+                self.epoch = outcome.planned.epoch
+            if outcome.published:
+                self._publish(outcome)
         self._committed(accepted)
         for outcome in batch.outcomes:
             item = _item(outcome)
@@ -284,6 +289,15 @@ class Engine:
             item.future.set_exception(error)
             # Whoever asked may be gone; that is no lost exception.
             item.future.exception()
+
+    def _announce(self, refused: Refused) -> None:
+        self._stream.publish(
+            records_pb2.StreamEntry(
+                seq=refused.seq,
+                revision=refused.revision,
+                events=[codec.event_to_proto(event) for event in refused.events],
+            )
+        )
 
     def _publish(self, piece: Accepted) -> None:
         if piece.planned.durable:

@@ -25,6 +25,7 @@ FILE_GROUP = "qubes"
 NOTES_MODE = 0o660
 # What 4.4 would read at most is far below this; a larger file is no store.
 LARGEST_FILE = 512 * 1024 * 1024
+_LARGEST_NOTES = 256 * 1024
 
 _Identity = tuple[int, int, int, int, int]
 
@@ -180,6 +181,21 @@ class NotesFolder:
                     if not path.is_symlink():
                         out[path.stem] = path.read_bytes().decode()
         return out
+
+    def older(self, klass: str, name: str) -> str:
+        """The notes in notes.txt of the qube's own folder, as 4.4 keeps them; "" where
+        there is no such regular file or it is not ours to read."""
+        parent = self._qube_folders.get(klass)
+        if parent is None:
+            return ""
+        try:
+            fd = os.open(parent / name / "notes.txt", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            with os.fdopen(fd, "rb") as file:
+                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                    return ""
+                return file.read(_LARGEST_NOTES).decode()
+        except (OSError, UnicodeDecodeError):
+            return ""
 
     def write(self, uuid: str, notes: str) -> None:
         """Replace one qube's notes durably; "" removes the file. OSError."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from bulkhead.model.plan.base import PlanRefused
 from bulkhead.model.records import (
     Change,
     FactRemoved,
@@ -67,10 +68,16 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A piece that planning refused; nothing of it was applied."""
+    """A piece that planning refused; nothing of it was applied.
+
+    events: announced before the refusal (PlanRefused); they make a stream entry.
+    """
 
     work: Work
     error: Exception
+    events: tuple[WireEvent, ...] = ()
+    revision: int = 0
+    seq: int = 0
 
 
 @dataclass(slots=True)
@@ -109,7 +116,10 @@ def plan_batch(view: View, works: Sequence[Work], revision: int, seq: int) -> Ba
             for change in reversed(batch.undo[mark:]):
                 view.apply(change)
             del batch.undo[mark:]
-            batch.outcomes.append(Refused(work, error))
+            events = error.events if isinstance(error, PlanRefused) else ()
+            if events:
+                batch.seq += 1
+            batch.outcomes.append(Refused(work, error, events, batch.revision, batch.seq))
             continue
         if planned.durable:
             batch.revision += 1
