@@ -23,6 +23,7 @@ from services.lifecycle.steps.start import (
     CALL_TIMEOUT_S,
     boot_id,
     boot_ref,
+    end_namespace,
     running_boot,
     stop_volumes,
     subject,
@@ -71,7 +72,11 @@ class Unplug(_Forward):
     """The tap is gone; a namespace netvm lets its clients' taps out and ends."""
 
     async def forward(self, context: StepContext) -> Outcome:
-        await unplug(context, subject(context))
+        qube = subject(context)
+        if boot.is_namespace_netvm(context.view, qube):
+            await end_namespace(context, qube)
+        else:
+            await unplug(context, qube)
         return Outcome()
 
 

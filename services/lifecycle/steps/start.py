@@ -14,10 +14,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bulkhead.api import domains_pb2, firewall_pb2, hostd_pb2, storage_pb2
-from bulkhead.model.evaluate import effective_default_user, evaluate, is_running
+from bulkhead.model.evaluate import (
+    effective_default_user,
+    evaluate,
+    is_running,
+    provides_network,
+)
 from bulkhead.model.features import truthy
 from bulkhead.model.records import OperationState, Phase, Problem, Qube
-from bulkhead.model.specs import StartSpec
+from bulkhead.model.specs import ApplySpec, StartSpec
 from services.lifecycle.core import boot, guest_keys
 from services.lifecycle.executor import Outcome, Step, StepContext, StepFailed
 from services.lifecycle.participants import block_device, domain_message, volume_messages
@@ -249,7 +254,35 @@ class Plug:
         return Outcome(data={"tap": reply.tap})
 
     async def undo(self, context: StepContext) -> None:
-        await unplug(context, subject(context))
+        qube = subject(context)
+        if boot.is_namespace_netvm(context.view, qube):
+            await end_namespace(context, qube)
+        else:
+            await unplug(context, qube)
+
+
+async def end_namespace(context: StepContext, qube: Qube) -> None:
+    """The network qube's namespace is gone; its clients' taps, which would die, were moved out."""
+    hostd = context.participants.hostd
+    if hostd is None:
+        return
+    for client in guest_keys.clients_of(context.view, qube):
+        if client.run.phase is not Phase.HALTED:
+            await hostd.unplug(
+                hostd_pb2.UnplugRequest(qid=client.qid),
+                timeout=CALL_TIMEOUT_S,
+                context=context.call(f"out/{client.qid}"),
+            )
+    await hostd.delete_uplink(
+        hostd_pb2.DeleteUplinkRequest(qid=qube.qid),
+        timeout=CALL_TIMEOUT_S,
+        context=context.call("uplink-gone"),
+    )
+    await hostd.delete_namespace(
+        hostd_pb2.DeleteNamespaceRequest(qid=qube.qid),
+        timeout=CALL_TIMEOUT_S,
+        context=context.call("namespace-gone"),
+    )
 
 
 async def unplug(context: StepContext, qube: Qube) -> None:
@@ -564,10 +597,23 @@ class Agent:
                     {"qube": qube.name},
                 )
             )
+        await _reconnect(context, qube)
         return Outcome()
 
     async def undo(self, context: StepContext) -> None:
         """After the pivot nothing is undone."""
+
+
+async def _reconnect(context: StepContext, provider: Qube) -> None:
+    """Running clients of a netvm that came back get their interface and rules again."""
+    if not provides_network(provider):
+        return
+    for client in guest_keys.clients_of(context.view, provider):
+        if client.run.phase is Phase.UP:
+            await context.executor.begin(
+                ApplySpec(client.uuid, client.run.boot_id, client.revision),
+                context.call(f"apply/{client.uuid}"),
+            )
 
 
 STEPS: Mapping[str, Step] = {
