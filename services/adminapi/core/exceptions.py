@@ -106,8 +106,8 @@ _OWN: Mapping[str, str] = {
     "BACKUP_NOT_RUNNING": _GENERIC,
     "COPY_TOKEN_NOT_FOUND": "QubesVolumeCopyTokenNotFoundError",
     "IMPORT_NOT_RUNNING": _GENERIC,
-    "IMPORT_FAILED": _GENERIC,
     "CREATE_REFUSED": _PROPERTY,
+    "SUSPEND_FAILED": _GENERIC,
     "NOTHING_CHANGED": _GENERIC,
     "OUTCOME_UNKNOWN": _GENERIC,
     "READER_TOO_SLOW": _GENERIC,
@@ -142,6 +142,8 @@ _OTHERS: Mapping[str, str] = {
     "UNTRUSTED_SERVER": _GENERIC,
     "INTERNAL": _GENERIC,
     "REPLICA_BEHIND": _GENERIC,
+    # lifecycle
+    "IMPORT_FAILED": _GENERIC,
     # domains
     "DOMAIN_EXISTS": _QUBE,
     "BOOT_ABANDONED": _QUBE,

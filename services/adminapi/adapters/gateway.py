@@ -1,0 +1,299 @@
+"""The unix sockets of the Admin API: connections in, bytes out.
+
+Owns listening sockets, one protocol object per connection, and every bound on memory
+that a client could use up. Must not know what the bytes mean beyond their end.
+Invariant: a connection is answered once with a whole reply, is a stream that ends when
+its reader goes away or falls too far behind, or is dropped without a byte.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import select
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol, cast
+
+from services.adminapi.core.frame import REQUEST_LIMIT
+
+LISTEN_FDS_VARIABLE = "BULKHEAD_LISTEN_FDS"
+# Connections at once. Beyond it the oldest one that has not finished its request goes;
+# when all have, the newcomer is told so.
+CONNECTION_LIMIT = 4096
+# Bytes that may wait for a stream's reader.
+STREAM_BUFFER = 2 * 1024 * 1024
+# Seconds that a reader has to take a reply, or what is left of an ended stream.
+FLUSH_S = 60.0
+_BACKLOG = 1024
+
+
+class Application(Protocol):
+    """What answers requests."""
+
+    def serve(self, socket_name: str, untrusted_frame: bytes, peer: Peer) -> None:
+        """Answer a frame now or later through `peer`. Must not raise or block."""
+
+    def too_many(self) -> bytes:
+        """The reply for a connection that cannot be served."""
+
+    def too_slow(self) -> bytes:
+        """The last message of a stream whose reader fell behind."""
+
+
+class Peer(asyncio.Protocol):
+    """One connection."""
+
+    __slots__ = (
+        "gone",
+        "on_gone",
+        "_answered",
+        "_buffer",
+        "_fd",
+        "_gateway",
+        "_name",
+        "_received",
+        "_size",
+        "_timer",
+        "_transport",
+    )
+
+    def __init__(self, gateway: Gateway, name: str) -> None:
+        self._gateway = gateway
+        self._name = name
+        self._buffer: list[bytes] = []
+        self._size = 0
+        self._received = False
+        self._answered = False
+        self._transport: asyncio.Transport | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._fd = -1
+        self.gone = False
+        self.on_gone: Callable[[], None] | None = None
+
+    # ---- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._gateway.arrived(self)
+
+    def data_received(self, untrusted_data: bytes) -> None:
+        if self._received:
+            return
+        self._size += len(untrusted_data)
+        if self._size > REQUEST_LIMIT:
+            self._buffer.clear()
+            self.drop()
+            return
+        self._buffer.append(untrusted_data)
+
+    def eof_received(self) -> bool:
+        if self._received or self._answered:
+            return True
+        self._received = True
+        untrusted_frame = b"".join(self._buffer)
+        self._buffer.clear()
+        self._gateway.requested(self)
+        self._gateway.application.serve(self._name, untrusted_frame, self)
+        return True  # the write side stays open for the reply
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc  # a broken connection and a closed one are the same to us
+        self.gone = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._gateway.left(self, self._fd)
+        if self.on_gone is not None:
+            self.on_gone()
+
+    # ---- answers
+
+    def reply(self, data: bytes) -> None:
+        """Send the whole reply and close."""
+        if self.gone or self._answered:
+            return
+        self._answered = True
+        transport = self._transport
+        assert transport is not None
+        transport.write(data)
+        transport.close()
+        if transport.get_write_buffer_size():
+            self._flush_within(FLUSH_S)
+
+    def drop(self) -> None:
+        """Close without a byte."""
+        if self.gone:
+            return
+        self._answered = True
+        if self._transport is not None:
+            self._transport.abort()
+
+    def begin_stream(self) -> None:
+        """From now on the connection is a stream: watch for its reader going away."""
+        transport = self._transport
+        if transport is None or self.gone:
+            return
+        handle = transport.get_extra_info("socket")
+        if handle is not None:
+            self._fd = handle.fileno()
+            self._gateway.watch(self._fd, self)
+
+    def push(self, data: bytes) -> None:
+        """Queue bytes of a stream; a reader that is too far behind loses the stream."""
+        transport = self._transport
+        if self.gone or self._answered or transport is None:
+            return
+        if transport.get_write_buffer_size() + len(data) > STREAM_BUFFER:
+            self._gateway.slow_readers += 1
+            self.end(self._gateway.application.too_slow())
+            return
+        transport.write(data)
+
+    def end(self, data: bytes = b"") -> None:
+        """The last bytes of a stream; then close."""
+        if self.gone or self._answered:
+            return
+        self.reply(data)
+        if self.on_gone is not None:
+            on_gone, self.on_gone = self.on_gone, None
+            on_gone()
+
+    def hung_up(self) -> None:
+        """The other side closed altogether."""
+        if not self.gone and self._transport is not None:
+            self._transport.abort()
+
+    def _flush_within(self, seconds: float) -> None:
+        transport = self._transport
+        assert transport is not None
+        self._timer = asyncio.get_running_loop().call_later(seconds, transport.abort)
+
+
+class Gateway:
+    """Listens on the Admin API sockets and hands frames to the application."""
+
+    def __init__(self, application: Application) -> None:
+        self.application = application
+        self.slow_readers = 0
+        self.dropped_for_room = 0
+        self._loop = asyncio.get_running_loop()
+        self._servers: list[asyncio.AbstractServer] = []
+        self._peers: set[Peer] = set()
+        # Insertion order: the oldest first.
+        self._incomplete: dict[Peer, None] = {}
+        self._epoll = select.epoll()
+        self._watched: dict[int, Peer] = {}
+        self._loop.add_reader(self._epoll.fileno(), self._hang_ups)
+
+    @property
+    def connections(self) -> int:
+        """Connections that are open now."""
+        return len(self._peers)
+
+    async def listen(self, sockets: Mapping[str, socket.socket]) -> None:
+        """Serve these listening sockets, by name ("admin", "internal", "misc")."""
+        for name, listening in sockets.items():
+            listening.setblocking(False)
+            server = await self._loop.create_unix_server(
+                lambda name=name: Peer(self, name),  # type: ignore[misc]
+                sock=listening,
+                backlog=_BACKLOG,
+            )
+            self._servers.append(server)
+
+    def close_listeners(self) -> None:
+        """Take no further connections; those that are open go on."""
+        for server in self._servers:
+            server.close()
+        self._servers.clear()
+
+    def close(self) -> None:
+        """Close everything."""
+        self.close_listeners()
+        for peer in list(self._peers):
+            peer.hung_up()
+        self._loop.remove_reader(self._epoll.fileno())
+        self._epoll.close()
+
+    # ---- for peers
+
+    def arrived(self, peer: Peer) -> None:
+        """A connection was made; make room where there is none."""
+        self._peers.add(peer)
+        self._incomplete[peer] = None
+        if len(self._peers) > CONNECTION_LIMIT:
+            oldest = next(iter(self._incomplete))
+            self.dropped_for_room += 1
+            if oldest is peer:
+                peer.reply(self.application.too_many())
+            else:
+                oldest.drop()
+
+    def requested(self, peer: Peer) -> None:
+        """The peer's request is complete."""
+        self._incomplete.pop(peer, None)
+
+    def left(self, peer: Peer, fd: int) -> None:
+        """The connection is closed; fd: what watch() was given, -1 = never watched."""
+        self._peers.discard(peer)
+        self._incomplete.pop(peer, None)
+        if self._watched.get(fd) is peer:  # else the number is another connection's now
+            del self._watched[fd]
+            # The kernel forgets a closed descriptor by itself.
+            with contextlib.suppress(OSError, ValueError):
+                self._epoll.unregister(fd)
+
+    def watch(self, fd: int, peer: Peer) -> None:
+        """Tell the peer when the other side has closed altogether.
+
+        The read side has ended already, so a reader would wake up all the time; EPOLLHUP
+        alone, edge-triggered, comes once.
+        """
+        self._watched[fd] = peer
+        self._epoll.register(fd, select.EPOLLET)
+
+    def _hang_ups(self) -> None:
+        for fd, events in self._epoll.poll(0):
+            peer = self._watched.get(fd)
+            if peer is not None and events & (select.EPOLLHUP | select.EPOLLERR):
+                peer.hung_up()
+
+
+def inherited_sockets(text: str) -> dict[str, socket.socket]:
+    """Listening sockets from "admin:3,internal:4,misc:5". ValueError where malformed."""
+    found: dict[str, socket.socket] = {}
+    for part in text.split(","):
+        name, colon, number = part.partition(":")
+        if not colon or not number.isdigit():
+            raise ValueError(f"{LISTEN_FDS_VARIABLE}={text} is not NAME:FD,...")
+        found[name] = socket.socket(fileno=int(number))
+        os.set_inheritable(int(number), False)
+    return found
+
+
+def bind_socket(path: Path) -> socket.socket:
+    """A listening socket at path, mode 0770. A stale file is replaced; OSError (address in
+    use) when somebody answers there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(str(path))
+            except OSError:
+                path.unlink()
+            else:
+                raise OSError(f"somebody serves {path} already")
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        before = os.umask(0o007)
+        try:
+            listening.bind(str(path))
+        finally:
+            os.umask(before)
+        listening.listen(_BACKLOG)
+    except OSError:
+        listening.close()
+        raise
+    return listening

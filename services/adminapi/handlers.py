@@ -1,0 +1,370 @@
+"""The Admin API as a whole: frames from the gateway to answers, the stream to readers.
+
+Owns calls under way and open streams. Must not know how a socket works nor how a reply
+is written. Invariant: every well-formed frame is answered, whatever goes wrong behind
+it, and a client that goes away changes nothing of what it has asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+from bulkhead.api import domains_pb2
+from bulkhead.bus.errors import BusError
+from bulkhead.bus.events import Entry
+from bulkhead.model import specs
+from bulkhead.model.evaluate import evaluate
+from bulkhead.model.records import ADMINVM_NAME, OperationPut, Phase, Qube
+from bulkhead.model.refusal import Refusal
+from services.adminapi.actions import Actions
+from services.adminapi.adapters.gateway import Peer
+from services.adminapi.backend import Backend, OperationFailed
+from services.adminapi.core import stats
+from services.adminapi.core.answer import begin, refuse
+from services.adminapi.core.checks import Checked
+from services.adminapi.core.events import Streams, operation_events
+from services.adminapi.core.exceptions import WireRefusal
+from services.adminapi.core.frame import (
+    CONNECTION_ESTABLISHED,
+    Drop,
+    format_event,
+    format_exception,
+    format_ok,
+)
+from services.adminapi.core.permission import Policy
+from services.adminapi.core.reads import (
+    ReadContext,
+    find_operation,
+    may_see_operation,
+    operation_record,
+)
+from services.adminapi.core.writes import WRITES
+
+log = logging.getLogger("bulkhead.adminapi")
+
+# How long a call waits for the first complete view after a start.
+READY_S = 10.0
+# How long calls under way may go on when the service stops.
+DRAIN_S = 5.0
+_STATS_LIMIT = 64
+_WATCH_LIMIT = 256
+
+
+class AdminApi:
+    """The gateway's application, and what Health shows of it."""
+
+    def __init__(self, backend: Backend, actions: Actions, policy: Policy) -> None:
+        self._backend = backend
+        self._actions = actions
+        self._policy = policy
+        self._streams = Streams()
+        self._watches: dict[Peer, Checked] = {}
+        self._stats: dict[Peer, Checked] = {}
+        self._sampler: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._context: ReadContext | None = None
+        self.counters: dict[str, int] = {"calls": 0, "drops": 0, "refused": 0, "errors": 0}
+        backend.replica.subscribe(self._entry)
+
+    # ---- Health
+
+    @property
+    def ready(self) -> bool:
+        """The records are complete."""
+        return self._backend.replica.is_ready
+
+    @property
+    def not_ready_reason(self) -> str:
+        """Why not ready."""
+        return "" if self.ready else "the registry's state has not arrived yet"
+
+    @property
+    def revision(self) -> int:
+        """Of the replica."""
+        return self._backend.replica.revision
+
+    @property
+    def seq(self) -> int:
+        """Of the replica."""
+        return self._backend.replica.seq
+
+    @property
+    def lag_s(self) -> float:
+        """Seconds since the stream was last heard."""
+        return self._backend.replica.lag_s
+
+    # ---- the gateway's application
+
+    def serve(self, socket_name: str, untrusted_frame: bytes, peer: Peer) -> None:
+        """Answer a frame; reads at once, all else in a task of its own."""
+        self.counters["calls"] += 1
+        if self._backend.replica.is_ready:
+            self._serve(socket_name, untrusted_frame, peer)
+        else:
+            self._spawn(self._serve_when_ready(socket_name, untrusted_frame, peer))
+
+    async def _serve_when_ready(self, socket_name: str, frame: bytes, peer: Peer) -> None:
+        try:
+            await asyncio.wait_for(self._backend.replica.ready(), READY_S)
+        except TimeoutError:
+            peer.reply(
+                refuse("NOT_READY", "the system's records are not loaded yet; try again shortly")
+            )
+            return
+        self._serve(socket_name, frame, peer)
+
+    def _serve(self, socket_name: str, untrusted_frame: bytes, peer: Peer) -> None:
+        try:
+            answer = begin(self._read_context(), socket_name, untrusted_frame)
+        except Drop as drop:
+            self.counters["drops"] += 1
+            log.debug("dropped: %s", drop)
+            peer.drop()
+            return
+        except Exception:
+            peer.reply(self._unexpected("a read"))
+            return
+        if isinstance(answer, bytes):
+            if answer.startswith(b"2"):
+                self.counters["refused"] += 1
+            peer.reply(answer)
+        elif answer.call.stream:
+            self._open_stream(answer, peer)
+        else:
+            self._spawn(self._answer(answer, peer))
+
+    def too_many(self) -> bytes:
+        """For a connection above the limit."""
+        return refuse("TOO_MANY_CONNECTIONS", "too many calls are under way; try again")
+
+    def too_slow(self) -> bytes:
+        """For a stream that is not read."""
+        return refuse(
+            "READER_TOO_SLOW", "events were not read in time and some are lost; subscribe anew"
+        )
+
+    # ---- calls
+
+    def _read_context(self) -> ReadContext:
+        view = self._backend.view
+        context = self._context
+        if context is None or context.view is not view:
+            context = self._context = ReadContext(view, self._policy)
+        return context
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, request: Checked, peer: Peer) -> None:
+        method = request.call.name
+        try:
+            data = format_ok(await self._run(request))
+        except (Refusal, WireRefusal, OperationFailed, BusError) as error:
+            self.counters["refused"] += 1
+            data = refuse(error.reason, error.message, method=method, restricted=request.restricted)
+        except asyncio.CancelledError:
+            peer.reply(
+                refuse(
+                    "OUTCOME_UNKNOWN",
+                    f"the service stopped while {method} was under way; outcome unknown",
+                )
+            )
+            raise
+        except Exception:
+            data = self._unexpected(method)
+        peer.reply(data)
+
+    async def _run(self, request: Checked) -> str:
+        write = WRITES.get(request.call.handler)
+        if write is None:
+            action = getattr(self._actions, request.call.handler or "-", None)
+            if action is None:
+                raise WireRefusal("METHOD_NOT_SERVED", f"{request.call.name} is not served here")
+            return str(await action(request))
+        wanted = write(self._read_context(), request)
+        if wanted is None:
+            return ""
+        if isinstance(wanted, specs.Command):
+            await self._backend.mutate(wanted, request.source.name)
+        else:
+            await self._backend.operate(wanted, request.source.name)
+        return ""
+
+    def _unexpected(self, what: str) -> bytes:
+        self.counters["errors"] += 1
+        log.exception("%s failed by an error of ours", what)
+        return refuse("UNEXPECTED", f"{what} failed by an internal error; the log says more")
+
+    # ---- the stream
+
+    def _entry(self, entry: Entry) -> None:
+        """One entry that the view holds now: events first, then who waits for operations."""
+        view = self._backend.view
+        if entry.resync:
+            before = entry.previous
+            if before is not None and len(before) and self._streams:
+                self._streams.end_all(
+                    refuse("STREAM_LOST", "events may have been missed; subscribe anew")
+                )
+        elif entry.events:
+            try:
+                self._streams.publish(self._policy, view, entry.events)
+            except Exception:
+                log.exception("events of entry %d could not be written", entry.seq)
+        if self._watches:
+            self._tell_watches(entry)
+        self._backend.operations.on_entry(entry)
+
+    # ---- streams of clients
+
+    def _open_stream(self, request: Checked, peer: Peer) -> None:
+        try:
+            match request.call.handler:
+                case "events":
+                    self._open_events(request, peer)
+                case "stats":
+                    self._open_stats(request, peer)
+                case _:
+                    self._open_watch(request, peer)
+        except (Refusal, WireRefusal) as error:
+            peer.end(
+                refuse(
+                    error.reason,
+                    error.message,
+                    method=request.call.name,
+                    restricted=request.restricted,
+                )
+            )
+
+    def _open_events(self, request: Checked, peer: Peer) -> None:
+        uuid = "" if request.dest.name == ADMINVM_NAME else request.dest.uuid
+        stream = self._streams.open(request.source.name, uuid, peer)
+        peer.on_gone = lambda: self._streams.close(stream.number)
+        peer.begin_stream()
+
+    # ---- bulkhead.op.Watch
+
+    def _open_watch(self, request: Checked, peer: Peer) -> None:
+        if len(self._watches) >= _WATCH_LIMIT:
+            raise WireRefusal("TOO_MANY_STREAMS", f"{_WATCH_LIMIT} watches are open already")
+        view = self._backend.view
+        wanted = [find_operation(view, request)] if request.arg else []
+        peer.push(CONNECTION_ESTABLISHED)
+        for event in operation_events(operation_record(view, o) for o in wanted):
+            peer.push(format_event(event.subject, event.name, event.pairs))
+        if wanted and wanted[0].state.terminal:
+            peer.end()
+            return
+        self._watches[peer] = request
+        peer.on_gone = lambda: self._forget(self._watches, peer)
+        peer.begin_stream()
+
+    def _tell_watches(self, entry: Entry) -> None:
+        view = self._backend.view
+        if entry.resync:
+            moved = list(view.operations.values())
+        else:
+            moved = [c.operation for c in entry.changes if isinstance(c, OperationPut)]
+        for operation in moved:
+            events = operation_events([operation_record(view, operation)])
+            data = b"".join(format_event(e.subject, e.name, e.pairs) for e in events)
+            for peer, request in list(self._watches.items()):
+                if request.arg not in ("", operation.id):
+                    continue
+                if not may_see_operation(request, operation):
+                    continue
+                peer.push(data)
+                if request.arg and operation.state.terminal:
+                    peer.end()
+
+    @staticmethod
+    def _forget(streams: dict[Peer, Checked], peer: Peer) -> None:
+        streams.pop(peer, None)
+
+    # ---- admin.vm.Stats
+
+    def _open_stats(self, request: Checked, peer: Peer) -> None:
+        if len(self._stats) >= _STATS_LIMIT:
+            raise WireRefusal("TOO_MANY_STREAMS", f"{_STATS_LIMIT} statistics are read already")
+        peer.push(CONNECTION_ESTABLISHED)
+        qube = request.dest
+        if qube.name != ADMINVM_NAME and not self._measurable(qube):
+            raise Refusal("QUBE_NOT_RUNNING", f"{qube.name} is not running", qube=qube.name)
+        self._stats[peer] = request
+        peer.on_gone = lambda: self._forget(self._stats, peer)
+        peer.begin_stream()
+        if self._sampler is None or self._sampler.done():
+            self._sampler = asyncio.get_running_loop().create_task(self._sample())
+
+    def _measurable(self, qube: Qube) -> bool:
+        return qube.klass not in ("AdminVM", "RemoteVM") and qube.run.phase is Phase.UP
+
+    async def _sample(self) -> None:
+        """One round for all readers each stats_interval, while there are readers."""
+        before: dict[str, stats.Sample] = {}
+        while self._stats:
+            view = self._backend.view
+            for peer, request in list(self._stats.items()):
+                qube = request.dest
+                if qube.name == ADMINVM_NAME:
+                    continue
+                now = view.by_uuid(qube.uuid)
+                if now is None or not self._measurable(now):
+                    peer.end(refuse("QUBE_NOT_RUNNING", f"{qube.name} is not running any more"))
+            running = {q.uuid: q for q in view.qubes() if self._measurable(q)}
+            before = await self._sample_once(running, before)
+            interval = evaluate(view, None, "stats_interval")
+            await asyncio.sleep(interval if isinstance(interval, int) and interval > 0 else 3)
+
+    async def _sample_once(
+        self, running: dict[str, Qube], before: dict[str, stats.Sample]
+    ) -> dict[str, stats.Sample]:
+        reply = await self._backend.read(
+            "Domains.Stats",
+            domains_pb2.StatsRequest(uuids=list(running)),
+            domains_pb2.StatsReply,
+        )
+        samples: dict[str, stats.Sample] = {}
+        now = time.monotonic_ns()
+        for domain in reply.domains if reply is not None else ():
+            qube = running.get(domain.uuid)
+            if qube is None:
+                continue
+            inner = domain.HasField("stubdom_cpu_time_ns")
+            sample = samples[domain.uuid] = stats.Sample(
+                now,
+                domain.memory_kib,
+                domain.memory_assigned_kib,
+                domain.cpu_time_ns,
+                domain.online_vcpus,
+                domain.swap_used_kib if domain.HasField("swap_used_kib") else None,
+                domain.stubdom_cpu_time_ns if inner else None,
+                domain.stubdom_vcpus if domain.HasField("stubdom_vcpus") else None,
+            )
+            data = format_event(qube.name, "vm-stats", stats.pairs(sample, before.get(qube.uuid)))
+            for peer, request in list(self._stats.items()):
+                if request.dest.name == ADMINVM_NAME or request.dest.uuid == qube.uuid:
+                    peer.push(data)
+        return samples
+
+    # ---- stop
+
+    async def stop(self) -> None:
+        """Let calls under way finish for a while, then tell the rest; end all streams."""
+        if self._sampler is not None:
+            self._sampler.cancel()
+        if self._tasks:
+            await asyncio.wait(tuple(self._tasks), timeout=DRAIN_S)
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        last = format_exception("QubesException", "the service stops; subscribe anew")
+        self._streams.end_all(last)
+        for peer in (*self._watches, *self._stats):
+            peer.end(last)
