@@ -17,18 +17,22 @@ from bulkhead.api import domains_pb2, firewall_pb2, storage_pb2
 from bulkhead.bus.client import CallContext
 from bulkhead.bus.errors import BusError
 from bulkhead.bus.events import Entry
+from bulkhead.model.evaluate import provides_network
 from bulkhead.model.records import (
     FactPut,
     FactRemoved,
     HostFact,
+    OperationPut,
     OperationState,
+    Phase,
     PoolPut,
     PoolRemoved,
     PowerFact,
     QubePut,
 )
-from bulkhead.model.specs import StoppedSpec
+from bulkhead.model.specs import ApplySpec, StoppedSpec
 from services.lifecycle.core import stops
+from services.lifecycle.core.guest_keys import clients_of
 from services.lifecycle.executor import Executor
 
 log = logging.getLogger("bulkhead.lifecycle")
@@ -44,7 +48,7 @@ class Watcher:
 
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
-        self._queue: asyncio.Queue[StoppedSpec] = asyncio.Queue()
+        self._queue: asyncio.Queue[StoppedSpec | ApplySpec] = asyncio.Queue()
         self._known: set[str] = set()
         self._pools_changed = asyncio.Event()
         self._look = asyncio.Event()
@@ -77,6 +81,9 @@ class Watcher:
                     self._consider(stops.stopped(qube, view.power(qube.uuid)))
                 case PoolPut() | PoolRemoved():
                     self._pools_changed.set()
+                case OperationPut(operation):
+                    if operation.kind == "START" and operation.state is OperationState.SUCCEEDED:
+                        self._reconnect(operation.subjects[0])
 
     def _reconcile(self) -> None:
         view = self.executor.replica.view
@@ -89,20 +96,32 @@ class Watcher:
             self._known.add(spec.boot_id)
             self._queue.put_nowait(spec)
 
+    def _reconnect(self, provider_uuid: str) -> None:
+        """Running clients of a netvm that came back get their interface and rules again."""
+        view = self.executor.replica.view
+        provider = view.by_uuid(provider_uuid)
+        if provider is None or not provides_network(provider):
+            return
+        for client in clients_of(view, provider):
+            if client.run.phase is Phase.UP:
+                self._queue.put_nowait(ApplySpec(client.uuid, client.run.boot_id, client.revision))
+
     async def run_stops(self) -> None:
-        """Begin STOPPED for each noticed stop, for ever."""
+        """Begin what was noticed: STOPPED, and APPLY for clients of a netvm that is back."""
         while True:
             spec = await self._queue.get()
-            context = CallContext(
-                request_id=uuid.uuid5(uuid.NAMESPACE_OID, f"stopped/{spec.boot_id}").bytes
-            )
+            if isinstance(spec, ApplySpec):
+                request_id = uuid.uuid4().bytes
+            else:
+                request_id = uuid.uuid5(uuid.NAMESPACE_OID, f"stopped/{spec.boot_id}").bytes
+            context = CallContext(request_id=request_id)
             while True:
                 try:
                     await self.executor.begin(spec, context)
                     break
                 except BusError as error:
                     if error.code != "UNAVAILABLE":
-                        log.info("STOPPED of %s was not begun: %s", spec.uuid, error.message)
+                        log.info("nothing was begun for %s: %s", spec.uuid, error.message)
                         break
                     await asyncio.sleep(0.2)
             self._known.discard(spec.boot_id)

@@ -18,11 +18,10 @@ from bulkhead.model.evaluate import (
     effective_default_user,
     evaluate,
     is_running,
-    provides_network,
 )
 from bulkhead.model.features import truthy
 from bulkhead.model.records import OperationState, Phase, Problem, Qube
-from bulkhead.model.specs import ApplySpec, StartSpec
+from bulkhead.model.specs import StartSpec
 from services.lifecycle.core import boot, guest_keys
 from services.lifecycle.executor import Outcome, Step, StepContext, StepFailed
 from services.lifecycle.participants import block_device, domain_message, volume_messages
@@ -597,23 +596,10 @@ class Agent:
                     {"qube": qube.name},
                 )
             )
-        await _reconnect(context, qube)
         return Outcome()
 
     async def undo(self, context: StepContext) -> None:
         """After the pivot nothing is undone."""
-
-
-async def _reconnect(context: StepContext, provider: Qube) -> None:
-    """Running clients of a netvm that came back get their interface and rules again."""
-    if not provides_network(provider):
-        return
-    for client in guest_keys.clients_of(context.view, provider):
-        if client.run.phase is Phase.UP:
-            await context.executor.begin(
-                ApplySpec(client.uuid, client.run.boot_id, client.revision),
-                context.call(f"apply/{client.uuid}"),
-            )
 
 
 STEPS: Mapping[str, Step] = {
