@@ -51,12 +51,12 @@ shown = _shown
 
 def printable_ascii(untrusted_text: str) -> bool:
     """True when every character is in 0x20..0x7e."""
-    return _VALUE.issuperset(untrusted_text)
+    return untrusted_text.isascii() and untrusted_text.isprintable()
 
 
 def python_printable(untrusted_text: str) -> bool:
     """True when every character is in Python's string.printable."""
-    return _PRINTABLE.issuperset(untrusted_text)
+    return printable_ascii(untrusted_text) or _PRINTABLE.issuperset(untrusted_text)
 
 
 # ---- names
@@ -91,6 +91,11 @@ def check_qube_name(untrusted_name: str) -> str:
             name=_shown(untrusted_name),
         )
     return untrusted_name
+
+
+def is_uuid(untrusted_text: str) -> bool:
+    """True for 36 characters of lower-case uuid."""
+    return _UUID.match(untrusted_text) is not None
 
 
 def check_uuid(untrusted_uuid: str) -> str:
@@ -407,7 +412,9 @@ def format_pairs(pairs: Mapping[str, str] | list[tuple[str, str]]) -> str:
     items = pairs.items() if isinstance(pairs, Mapping) else pairs
     parts = []
     for key, value in items:
-        if not key or not _KEY.issuperset(key) or not printable_ascii(value) or "='" in value:
+        # The reader looks for =' and so would take the end of such a value for a key.
+        unreadable = "='" in value or value.endswith("=")
+        if not key or not _KEY.issuperset(key) or not printable_ascii(value) or unreadable:
             raise Refusal("INVALID_DEVICE", f"'{_shown(key)}' cannot be written as device text")
         escaped = value.replace("'", "\\'")
         parts.append(f"{key}='{escaped}'")
@@ -537,4 +544,5 @@ def format_device(
 
 def _harmless(untrusted_value: str) -> str:
     text = "".join(char if char in _VALUE else "_" for char in untrusted_value)
-    return text.replace("='", "_'")
+    text = text.replace("='", "_'")
+    return text[:-1] + "_" if text.endswith("=") else text
