@@ -95,6 +95,10 @@ def request_header(
     method: Method, context: CallContext, request_id: bytes, deadline_ns: int
 ) -> bytes:
     """The header frame of a request."""
+    if context is _NO_CONTEXT:
+        return envelope_pb2.RequestHeader(
+            request_id=request_id, method=method.full_name, deadline_ns=deadline_ns
+        ).SerializeToString()
     return envelope_pb2.RequestHeader(
         request_id=request_id,
         method=method.full_name,
@@ -160,6 +164,8 @@ class _LaneConnection:
         self._refusal: BusError | None = None
         self.dropped = 0
         self._socket = sockets.dealer(channel.context, plain=channel.plain)
+        self._send = sockets.raw_send(self._socket)
+        self._receive = sockets.raw_receive(self._socket)
         self._monitor = self._socket.get_monitor_socket(
             zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
         )
@@ -213,10 +219,10 @@ class _LaneConnection:
             raise self._refusal
         self._pending[request_id] = pending
         self._arm(pending.deadline)
-        if self._unsent:
-            self._unsent[request_id] = pending
-        else:
-            self._send(request_id, pending)
+        # It leaves with the next turn of the loop, together with others of this one.
+        self._unsent[request_id] = pending
+        if len(self._unsent) >= sockets.TOGETHER:
+            self._flush()
         self._schedule()
 
     def forget(self, request_id: bytes) -> None:
@@ -224,23 +230,21 @@ class _LaneConnection:
         self._pending.pop(request_id, None)
         self._unsent.pop(request_id, None)
 
-    def _send(self, request_id: bytes, pending: _Pending) -> bool:
-        try:
-            self._socket.send_multipart((PREFIX, pending.header, pending.body), zmq.NOBLOCK)
-        except zmq.Again:
-            self._unsent[request_id] = pending
-            return False
-        pending.sent = pending.on_wire = True
-        return True
-
     def _flush(self) -> None:
-        while self._unsent:
-            request_id = next(iter(self._unsent))
-            pending = self._unsent.pop(request_id)
-            if not self._send(request_id, pending):
-                # _send put it at the end; keep the order.
-                self._unsent = {request_id: pending, **self._unsent}
+        """Send what waits, oldest first, as far as there is a connection."""
+        send, more, last = self._send, sockets.MORE, sockets.NOBLOCK
+        unsent = self._unsent
+        while unsent:
+            request_id = next(iter(unsent))
+            pending = unsent[request_id]
+            try:
+                send(PREFIX, more)
+            except zmq.Again:
                 return
+            send(pending.header, more)
+            send(pending.body, last)
+            del unsent[request_id]
+            pending.sent = pending.on_wire = True
 
     def _fail(self, pending: _Pending, error: BusError) -> None:
         request_id = envelope_pb2.RequestHeader.FromString(pending.header).request_id
@@ -256,26 +260,42 @@ class _LaneConnection:
             self._loop.call_soon(self._drain)
 
     def _drain(self) -> None:
+        """Send what waits, read until EAGAIN with nothing sent since."""
         self._scheduled = False
-        receive = self._socket.recv_multipart
-        for _ in range(_BATCH):
-            if self._socket.closed:
-                return
-            try:
-                untrusted = receive(zmq.NOBLOCK)
-            except zmq.Again:
-                if self._unsent:
+        if self._socket.closed:
+            return
+        for _ in range(4):
+            if self._unsent:
+                self._flush()
+            if self._take_batch():
+                # Only a read takes in a new connection, so what is still unsent may go now.
+                waiting = len(self._unsent)
+                if waiting:
                     self._flush()
-                    if not self._unsent:
-                        self._schedule()  # the send may have swallowed an edge
-                return
+                if len(self._unsent) == waiting:
+                    return
+        self._schedule()
+
+    def _take_batch(self) -> bool:
+        """Match the replies that have arrived; True when there are no more."""
+        receive = self._receive
+        for _ in range(_BATCH):
+            try:
+                frame = receive(sockets.NOBLOCK, False)
+            except zmq.Again:
+                return True
+            untrusted = [frame.bytes]
+            while frame.more:
+                frame = receive(sockets.NOBLOCK, False)
+                if len(untrusted) < 4:
+                    untrusted.append(frame.bytes)
             try:
                 header, untrusted_body = decode_reply(untrusted)
             except FrameError:
                 self.dropped += 1
                 continue
             self._reply(header, untrusted_body)
-        self._schedule()
+        return False
 
     def _reply(self, header: envelope_pb2.ReplyHeader, untrusted_body: bytes) -> None:
         request_id = header.request_id
@@ -302,10 +322,9 @@ class _LaneConnection:
     def _again(self, request_id: bytes, pending: _Pending) -> None:
         if self._pending.get(request_id) is not pending or pending.on_wire:
             return
-        if request_id in self._unsent or self._socket.closed:
-            return
-        self._send(request_id, pending)
-        self._schedule()
+        if not self._socket.closed:
+            self._unsent[request_id] = pending
+            self._schedule()
 
     def _watch(self) -> None:
         """Connection events: what was under way at a lost connection got lost with it."""

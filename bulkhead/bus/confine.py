@@ -51,7 +51,8 @@ class Confinement:
     """What a service needs; everything else is given up.
 
     read, write: files and directories (with all below). keep_caps: lower-case names
-    without "cap_". inet: AF_INET and AF_INET6 sockets; netlink: AF_NETLINK sockets.
+    without "cap_". inet: AF_INET and AF_INET6 sockets; netlink: AF_NETLINK sockets; unix:
+    AF_UNIX sockets (False for a worker whose sockets are all inherited).
     execute: may start programs below these directories. keep_calls: system calls of the
     refused list that it needs after all ("setns", "mount"). landlock False leaves files
     to their permissions.
@@ -62,6 +63,7 @@ class Confinement:
     keep_caps: tuple[str, ...] = ()
     inet: bool = False
     netlink: bool = False
+    unix: bool = True
     execute: tuple[Path, ...] = ()
     keep_calls: tuple[str, ...] = ()
     landlock: bool = True
@@ -342,7 +344,7 @@ def _program(needs: Confinement, column: int, audit: int) -> list[tuple[int, int
     unknown = set(needs.keep_calls) - set(_REFUSED)
     if unknown:
         raise ConfineError(f"not in the list of refused system calls: {', '.join(sorted(unknown))}")
-    families = [_AF_UNIX]
+    families = [_AF_UNIX] if needs.unix else []
     if needs.inet:
         families += [_AF_INET, _AF_INET6]
     if needs.inet or needs.netlink:

@@ -55,6 +55,9 @@ class Lane(enum.Enum):
     WORK = "work"
     CONTROL = "control"
 
+    # Members are singletons; Enum's own hash is Python code and is asked twice per message.
+    __hash__ = object.__hash__
+
 
 class Effect(enum.Enum):
     """What a method may change."""

@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import contextlib
 import fcntl
+import gc
 import logging
 import os
 import signal
@@ -336,6 +337,9 @@ async def _run(
     context = ServiceContext(settings, service, secret)
     zap = ZapHandler(context.zmq, context.identities, context.log)
     running = await start_service(context, build, names, work_bounds)
+    # What is here now stays: collections need not look at it again.
+    gc.collect()
+    gc.freeze()
     log.info("serving")
     stopped = loop.create_task(stop.wait())
     ends: list[asyncio.Future[Any]] = [stopped, context.failed]

@@ -9,7 +9,6 @@ because its descriptor is edge-triggered.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import types
 from collections.abc import Callable, Coroutine, Generator, Mapping
@@ -100,8 +99,7 @@ class Server:
 
     def _send(self, peer: tuple[_LaneSocket, bytes], header: bytes, body: bytes) -> None:
         lane, routing_id = peer
-        if not lane.send(routing_id, header, body):
-            self.dispatcher.counters["replies_dropped"] += 1
+        lane.send(routing_id, header, body)
 
     def _start(self, work: Work) -> None:
         if _EagerStandIn.entered(self._loop):
@@ -116,8 +114,11 @@ class Server:
         coroutine = work.handler(request, work.call)
         stand_in = _EagerStandIn()
         try:
-            with stand_in.current(self._loop):
+            _enter_task(self._loop, stand_in)
+            try:
                 waits_for = coroutine.send(None)
+            finally:
+                _leave_task(self._loop, stand_in)
         except StopIteration as finished:
             self.dispatcher.complete(work, finished.value)
             return
@@ -180,14 +181,6 @@ class _EagerStandIn:
     def entered(loop: asyncio.AbstractEventLoop) -> bool:
         return asyncio.current_task(loop) is not None
 
-    @contextlib.contextmanager
-    def current(self, loop: asyncio.AbstractEventLoop) -> Generator[None, None, None]:
-        _enter_task(loop, self)
-        try:
-            yield
-        finally:
-            _leave_task(loop, self)
-
     def become(self, task: asyncio.Task[None]) -> None:
         self._task = task
         for _ in range(self._cancels):
@@ -240,6 +233,9 @@ class _LaneSocket:
         self._property = "Peer-Address" if identities.isolated else "User-Id"
         self._caller = identities.of_peer if identities.isolated else _plain_name
         self._socket = sockets.router(context, plain=not identities.isolated)
+        self._send = sockets.raw_send(self._socket)
+        self._receive = sockets.raw_receive(self._socket)
+        self._outbox: list[tuple[bytes, bytes, bytes]] = []
         self._draining = False
         self._scheduled = False
         sockets.bind(self._socket, endpoint)
@@ -249,61 +245,80 @@ class _LaneSocket:
 
     def close(self) -> None:
         self._loop.remove_reader(self._fd)
+        self._flush()
         self._socket.close(linger=200)
 
-    def send(self, routing_id: bytes, header: bytes, body: bytes) -> bool:
-        """Queue a reply; False when the peer is gone or does not read."""
-        if self._socket.closed:
-            return False
-        try:
-            self._socket.send_multipart((routing_id, PREFIX, header, body), zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
-                raise
-            return False
-        finally:
-            if not self._draining:
-                self._schedule()
-        return True
+    def send(self, routing_id: bytes, header: bytes, body: bytes) -> None:
+        """Queue a reply; it leaves at the end of this turn of the loop, with the others.
+
+        One wake-up of ZeroMQ's thread for many replies, not one for each.
+        """
+        self._outbox.append((routing_id, header, body))
+        if not self._draining:
+            self._schedule()
 
     def _schedule(self) -> None:
         if not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._drain)
 
+    def _flush(self) -> None:
+        if self._socket.closed:
+            return
+        outbox, self._outbox = self._outbox, []
+        send, more, last = self._send, sockets.MORE, sockets.NOBLOCK
+        for routing_id, header, body in outbox:
+            try:
+                send(routing_id, more)
+            except zmq.ZMQError as error:
+                # The peer is gone, or does not read: its reply is dropped, and counted.
+                if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                    raise
+                self._server.dispatcher.counters["replies_dropped"] += 1
+                continue
+            send(PREFIX, more)
+            send(header, more)
+            send(body, last)
+
     def _drain(self) -> None:
-        """Read until EAGAIN; after a batch, let other callbacks run first."""
+        """Read until EAGAIN with nothing sent since; after a batch let others run first."""
         self._scheduled = False
-        receive = self._socket.recv
-        take = self._server.dispatcher.receive
+        if self._socket.closed:
+            return
         self._draining = True
         try:
-            for _ in range(_BATCH):
-                if self._socket.closed:
+            for _ in range(4):
+                if self._outbox:
+                    self._flush()
+                if self._take_batch() and not self._outbox:
                     return
-                try:
-                    frame = receive(zmq.NOBLOCK, copy=False)
-                except zmq.Again:
-                    return
-                routing_id = frame.bytes
-                caller = self._caller(_property(frame, self._property))
-                parts: list[bytes] = []
-                while frame.more:
-                    frame = receive(zmq.NOBLOCK, copy=False)
-                    if len(parts) < 4:
-                        parts.append(frame.bytes)
-                take(self._lane, caller, (self, routing_id), parts)
-            self._schedule()
+            self._flush()
         finally:
             self._draining = False
+        self._schedule()
 
-
-def _property(frame: zmq.Frame, name: str) -> str:
-    try:
-        value = frame.get(name)
-    except zmq.ZMQError:
-        return ""
-    return value if isinstance(value, str) else ""
+    def _take_batch(self) -> bool:
+        """Hand on what has arrived; True when there is no more."""
+        receive, dispatch = self._receive, self._server.dispatcher.receive
+        for _ in range(_BATCH):
+            try:
+                frame = receive(sockets.NOBLOCK, False)
+            except zmq.Again:
+                return True
+            routing_id = frame.bytes
+            try:
+                caller = self._caller(frame.get(self._property))
+            except zmq.ZMQError:
+                caller = None
+            parts: list[bytes] = []
+            while frame.more:
+                frame = receive(sockets.NOBLOCK, False)
+                if len(parts) < 4:
+                    parts.append(frame.bytes)
+            dispatch(self._lane, caller, (self, routing_id), parts)
+            if len(self._outbox) >= sockets.TOGETHER:
+                self._flush()
+        return False
 
 
 def _plain_name(user_id: str) -> str | None:
