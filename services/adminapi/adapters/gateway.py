@@ -58,6 +58,7 @@ class Peer(asyncio.Protocol):
         "_size",
         "_timer",
         "_transport",
+        "_turned_away",
     )
 
     def __init__(self, gateway: Gateway, name: str) -> None:
@@ -70,6 +71,7 @@ class Peer(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._fd = -1
+        self._turned_away = False
         self.gone = False
         self.on_gone: Callable[[], None] | None = None
 
@@ -96,6 +98,9 @@ class Peer(asyncio.Protocol):
         untrusted_frame = b"".join(self._buffer)
         self._buffer.clear()
         self._gateway.requested(self)
+        if self._turned_away:
+            self.reply(self._gateway.application.too_many())
+            return True
         self._gateway.application.serve(self._name, untrusted_frame, self)
         return True  # the write side stays open for the reply
 
@@ -109,6 +114,13 @@ class Peer(asyncio.Protocol):
             self.on_gone()
 
     # ---- answers
+
+    def turn_away(self) -> None:
+        """Serve nothing; say so at the end of the request.
+
+        Not before: what a closed connection has not read resets it, reply and all.
+        """
+        self._turned_away = True
 
     def reply(self, data: bytes) -> None:
         """Send the whole reply and close."""
@@ -227,7 +239,7 @@ class Gateway:
             oldest = next(iter(self._incomplete))
             self.dropped_for_room += 1
             if oldest is peer:
-                peer.reply(self.application.too_many())
+                peer.turn_away()
             else:
                 oldest.drop()
 
