@@ -1,0 +1,1 @@
+"""Firewall rules, their expiry, and the nftables tables made from them."""

@@ -1,0 +1,1 @@
+"""One outside thing each: rules files, enforce workers, the resolve worker."""

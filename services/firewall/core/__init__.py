@@ -1,0 +1,1 @@
+"""Pure part of the firewall: files, translation, expiry, guest keys, judgement of flows."""

@@ -1,0 +1,1 @@
+"""The enforce worker: one small process per network namespace, CAP_NET_ADMIN only there."""

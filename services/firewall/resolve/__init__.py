@@ -1,0 +1,1 @@
+"""The resolve worker: INET sockets, no capability, host names in, addresses out."""
