@@ -16,6 +16,9 @@ is re-read at every hit while that variable is set. There the text is one or mor
 separated by "|"; only the first is armed, and a kill or error that fires drops its
 stage first, so each stage fires once, however often the process starts again. What
 fired is appended to FILE.fired, one name a line.
+
+BULKHEAD_FAILPOINTS_TRACE names a file that gets a line "NAME" for each hit, of all
+processes in order: how a test learns which failpoints an operation passes.
 """
 
 from __future__ import annotations
@@ -58,7 +61,8 @@ def _parse(text: str) -> dict[str, str]:
 
 _FILE = os.environ.get("BULKHEAD_FAILPOINTS_FILE", "")
 _ARMED = _parse(os.environ.get("BULKHEAD_FAILPOINTS", ""))
-_ACTIVE = bool(_ARMED or _FILE)
+_TRACE = os.environ.get("BULKHEAD_FAILPOINTS_TRACE", "")
+_ACTIVE = bool(_ARMED or _FILE or _TRACE)
 
 
 def hit(name: str) -> None:
@@ -71,6 +75,9 @@ def hit(name: str) -> None:
 def _fire(name: str) -> None:
     if name not in _TABLE:
         raise KeyError(f"failpoint {name} is in no table")
+    if _TRACE:
+        with Path(_TRACE).open("a") as trace:
+            trace.write(name + "\n")
     armed = _ARMED
     stages: list[str] = []
     if _FILE:

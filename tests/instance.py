@@ -20,6 +20,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from bulkhead.bus.errors import BusError
+from bulkhead.config import Settings
+from clients.cli.instance import operator
+from services.domains.simhv.client import SimControl
+
 PYTHON = sys.executable
 START_TIMEOUT_S = 60.0
 
@@ -221,15 +226,17 @@ class Instance:
             parts.append(f"--- {path.name}\n{path.read_text(errors='replace')[-1500:]}")
         return "\n".join(parts)
 
+    def domains(self) -> dict[str, str]:
+        """uuid -> boot id of every domain of the simulated hypervisor."""
+        with SimControl.of(self.root) as control:
+            return {str(d["uuid"]): str(d["boot_id"]) for d in control.domains()}
+
     def dump(self) -> str:
         """Canonical dump of the state."""
-        done = subprocess.run(
-            [PYTHON, "-m", "clients.cli.bulkhead", "dump", "--root", str(self.root)],
-            capture_output=True, text=True, check=False, timeout=60,
-        )  # fmt: skip
-        if done.returncode != 0:
-            raise AssertionError(done.stderr)
-        return done.stdout
+        try:
+            return operator.dump(Settings.load(self.root))
+        except BusError as error:
+            raise AssertionError(f"no dump: {error.message}") from error
 
 
 @contextlib.contextmanager

@@ -1,0 +1,271 @@
+"""Kills one process at a failpoint of a running operation, then judges what is left.
+
+Owns the scenarios and the invariants. Uses real processes, a real reflink file system
+and the simulated hypervisor, which outlives the others as a real one does. Invariant: a
+case leaves the instance as it found it, or it has failed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.instance import Instance, Reply
+
+QUIET_TIMEOUT_S = 10.0
+TRACE = "trace"
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One operation: how to bring its start state about, do it, and take it away again.
+
+    done(instance) tells from outside whether the operation's effect is there.
+    """
+
+    name: str
+    prepare: Callable[[Instance], object]
+    act: Callable[[Instance], Reply]
+    done: Callable[[Instance], bool]
+    clean: Callable[[Instance], object]
+
+
+def exists(instance: Instance, qube: str) -> bool:
+    """The qube is listed."""
+    lines = instance.ok("admin.vm.List").splitlines()
+    return any(line.split(" ", 1)[0] == qube for line in lines)
+
+
+def running(instance: Instance, qube: str) -> bool:
+    """The qube is listed and not halted."""
+    return exists(instance, qube) and instance.state(qube) != "Halted"
+
+
+def _remove(instance: Instance, *qubes: str) -> None:
+    for qube in qubes:
+        if exists(instance, qube):
+            if running(instance, qube):
+                instance.call("admin.vm.Kill", qube)
+                instance.until(lambda q=qube: not running(instance, q), 10.0, f"{qube} is halted")
+            if exists(instance, qube):
+                reply = instance.call("admin.vm.Remove", qube)
+                assert reply.kind == "ok" or not exists(instance, qube), reply.message
+
+
+def _create(instance: Instance, qube: str) -> Reply:
+    return instance.call(
+        "admin.vm.Create.AppVM", arg="tmpl", payload=f"name={qube} label=red".encode()
+    )
+
+
+def _made(instance: Instance, qube: str) -> None:
+    if not exists(instance, qube):
+        reply = _create(instance, qube)
+        assert reply.kind == "ok", reply.message
+
+
+def _started(instance: Instance, qube: str) -> None:
+    _made(instance, qube)
+    reply = instance.call("admin.vm.Start", qube)
+    assert reply.kind == "ok", reply.message
+
+
+def _disposables(instance: Instance) -> list[str]:
+    return [
+        line.split(" ", 1)[0]
+        for line in instance.ok("admin.vm.List").splitlines()
+        if " class=DispVM " in line
+    ]
+
+
+def _prepare_disposable(instance: Instance) -> None:
+    _made(instance, "dvm")
+    instance.ok("admin.vm.property.Set", "dvm", "template_for_dispvms", b"True")
+
+
+def _run_disposable(instance: Instance) -> Reply:
+    """Create, start and kill a disposable, as a client does; the first failure ends it."""
+    reply = instance.call("admin.vm.CreateDisposable", "dvm")
+    if reply.kind != "ok":
+        return reply
+    started = instance.call("admin.vm.Start", reply.text)
+    if started.kind != "ok":
+        return started
+    return instance.call("admin.vm.Kill", reply.text)
+
+
+SCENARIOS: tuple[Scenario, ...] = (
+    Scenario(
+        "create",
+        prepare=lambda i: None,
+        act=lambda i: _create(i, "fresh"),
+        done=lambda i: exists(i, "fresh"),
+        clean=lambda i: _remove(i, "fresh"),
+    ),
+    Scenario(
+        "clone",
+        prepare=lambda i: _made(i, "origin"),
+        act=lambda i: i.call("bulkhead.vm.Clone", "origin", payload=b"name=copy"),
+        done=lambda i: exists(i, "copy"),
+        clean=lambda i: _remove(i, "copy", "origin"),
+    ),
+    Scenario(
+        "remove",
+        prepare=lambda i: _made(i, "doomed"),
+        act=lambda i: i.call("admin.vm.Remove", "doomed"),
+        done=lambda i: not exists(i, "doomed"),
+        clean=lambda i: _remove(i, "doomed"),
+    ),
+    Scenario(
+        "start",
+        prepare=lambda i: _made(i, "worker"),
+        act=lambda i: i.call("admin.vm.Start", "worker"),
+        done=lambda i: running(i, "worker"),
+        clean=lambda i: _remove(i, "worker"),
+    ),
+    Scenario(
+        "shutdown",
+        prepare=lambda i: _started(i, "worker"),
+        act=lambda i: i.call("admin.vm.Shutdown", "worker", "wait"),
+        done=lambda i: not running(i, "worker"),
+        clean=lambda i: _remove(i, "worker"),
+    ),
+    Scenario(
+        "kill",
+        prepare=lambda i: _started(i, "worker"),
+        act=lambda i: i.call("admin.vm.Kill", "worker"),
+        done=lambda i: not running(i, "worker"),
+        clean=lambda i: _remove(i, "worker"),
+    ),
+    Scenario(
+        "disposable",
+        prepare=_prepare_disposable,
+        act=_run_disposable,
+        done=lambda i: not _disposables(i),
+        clean=lambda i: _remove(i, *_disposables(i), "dvm"),
+    ),
+)
+
+
+# ---- judging
+
+
+@dataclass(frozen=True)
+class State:
+    """What is there, from outside: records, files, domains."""
+
+    records: dict[str, dict[str, object]]
+    operations: list[str]
+    files: frozenset[str]
+    domains: dict[str, str]
+
+
+def observe(instance: Instance, pool: Path) -> State:
+    """Records from the canonical dump, files from the pool, domains from the hypervisor."""
+    records: dict[str, dict[str, object]] = {}
+    operations: list[str] = []
+    for line in instance.dump().splitlines():
+        row = json.loads(line)
+        if row["kind"] == "qube":
+            records[row["value"]["name"]] = row["value"]
+        elif row["kind"] == "operation":
+            operations.append(f"{row['value']['kind']} at {row['value']['cursor'] or 'begin'}")
+    files = frozenset(
+        str(path.relative_to(pool))
+        for folder in ("appvms", "vm-templates", ".bulkhead-quarantine")
+        for path in (pool / folder).rglob("*")
+        if path.is_file()
+    )
+    return State(records, operations, files, instance.domains())
+
+
+def violations(instance: Instance, pool: Path) -> list[str]:
+    """Sentences about every invariant that does not hold now."""
+    state = observe(instance, pool)
+    found = [f"operation {operation} has not ended" for operation in state.operations]
+    allowed: set[str] = set()
+    for name, record in state.records.items():
+        if record["state"] != "active":
+            found.append(f"{name} is still {record['state']}")
+        run = record["run"]
+        assert isinstance(run, dict)
+        boot = state.domains.get(str(record["uuid"]))
+        if run["phase"] == "up" and boot != run["boot_id"]:
+            found.append(f"{name} is up, and its domain is {boot}")
+        if run["phase"] == "halted" and boot is not None:
+            found.append(f"{name} is halted, and a domain of boot {boot} runs")
+        if run["phase"] in ("starting", "stopping"):
+            found.append(f"{name} is still {run['phase']}")
+        volumes = record["volumes"]
+        assert isinstance(volumes, list)
+        for volume in volumes:
+            allowed.add(volume["vid"])
+            image = f"{volume['vid']}.img"
+            if volume["save_on_stop"] and image not in state.files:
+                found.append(f"{image} of {name} is missing")
+            if run["phase"] == "halted" and f"{volume['vid']}-dirty.img" in state.files:
+                found.append(f"{volume['vid']}-dirty.img is left of a stopped boot")
+    for file in state.files:
+        owner = file.split(".img", 1)[0].removesuffix("-dirty").removesuffix("-precache")
+        owner = owner.removesuffix("-import")
+        if owner not in allowed or "~" in file:
+            found.append(f"file {file} belongs to no record")
+    uuids = {str(record["uuid"]) for record in state.records.values()}
+    found.extend(
+        f"domain {uuid} belongs to no record" for uuid in state.domains if uuid not in uuids
+    )
+    return found
+
+
+def wait_quiet(instance: Instance, pool: Path, timeout: float = QUIET_TIMEOUT_S) -> list[str]:
+    """Violations that are still there after the time that recovery may take."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            found = violations(instance, pool)
+        except AssertionError as error:
+            found = [f"cannot be observed: {error}"]
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.1)
+
+
+def run_case(instance: Instance, pool: Path, scenario: Scenario, *stages: str) -> list[str]:
+    """One case; sentences about what does not hold, empty when all is well."""
+    scenario.prepare(instance)
+    problems = [f"before: {p}" for p in wait_quiet(instance, pool)]
+    if problems:
+        return problems
+    instance.arm(*stages)
+    try:
+        reply = scenario.act(instance)
+    except (OSError, TimeoutError) as error:
+        reply = Reply("none", message=str(error))
+    fired = instance.fired()
+    instance.disarm()
+    problems = wait_quiet(instance, pool)
+    if not fired:
+        problems.append(f"{stages[0]} did not fire")
+    done = scenario.done(instance)
+    if reply.kind == "ok" and not done:
+        problems.append("the client was told ok, and the effect is not there")
+    # adminapi itself may be the victim: then the client sees its connection die.
+    if reply.kind == "none" and not stages[0].startswith("adminapi."):
+        problems.append(f"the client got no answer {reply.message}")
+    unknown = "unknown" in reply.message or "is still under way" in reply.message
+    if reply.kind == "exc" and done and not unknown and scenario.name != "disposable":
+        problems.append(
+            f"the client was told {reply.exception} ({reply.message}), and the effect is there"
+        )
+    if not done:
+        # A retry must go through, whatever the crash left.
+        again = scenario.act(instance)
+        if again.kind != "ok" or not scenario.done(instance):
+            problems.append(f"a retry failed: {again.exception} {again.message}")
+        problems.extend(f"after the retry: {p}" for p in wait_quiet(instance, pool))
+    scenario.clean(instance)
+    problems.extend(f"after cleaning: {p}" for p in wait_quiet(instance, pool))
+    return problems

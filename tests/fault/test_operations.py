@@ -1,0 +1,104 @@
+"""Every operation x every failpoint that it passes x SIGKILL of the process there.
+
+The failpoints are learned from a traced run of each operation, so a new one is tested
+without being named here. BULKHEAD_FAULT_KILLS=2 adds a second kill of the same kind of
+step during recovery; BULKHEAD_FAULT_ALL_HITS=1 kills at every pass, not at one per name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.loopfs import mounted
+from tests.fault.harness import SCENARIOS, TRACE, Scenario, run_case, wait_quiet
+from tests.instance import Instance
+
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(3600)]
+
+KILLS = int(os.environ.get("BULKHEAD_FAULT_KILLS", "1"))
+ALL_HITS = os.environ.get("BULKHEAD_FAULT_ALL_HITS", "") == "1" or KILLS > 1
+
+
+@dataclass
+class Ground:
+    """One instance on a reflink pool, with a template; kept for all cases."""
+
+    instance: Instance
+    pool: Path
+    trace: Path
+
+
+@pytest.fixture(scope="module")
+def ground() -> Iterator[Ground]:
+    """The instance under attack."""
+    with mounted("xfs", 1024) as pool:
+        instance = Instance(pool_dir=pool)
+        trace = instance.root / "fp" / TRACE
+        trace.write_text("")
+        trace.chmod(0o666)
+        try:
+            instance.start(environment={"BULKHEAD_FAILPOINTS_TRACE": str(trace)})
+            prepare(instance, pool)
+            yield Ground(instance, pool, trace)
+        finally:
+            instance.close()
+
+
+def prepare(instance: Instance, pool: Path) -> None:
+    """A kernel, a template, and the defaults that creating qubes needs."""
+    kernel = pool / "vm-kernels" / "test"
+    kernel.mkdir()
+    for name in ("vmlinuz", "initramfs", "modules.img"):
+        (kernel / name).write_bytes(b"\0" * 4096)
+    instance.until(
+        lambda: (
+            instance.call("admin.property.Set", arg="default_kernel", payload=b"test").kind == "ok"
+        ),
+        60.0,
+        "the kernel is known",
+    )
+    instance.ok("admin.vm.Create.TemplateVM", payload=b"name=tmpl label=black")
+    instance.ok("admin.property.Set", arg="default_template", payload=b"tmpl")
+
+
+def passes(ground: Ground, scenario: Scenario) -> Counter[str]:
+    """Failpoints that an undisturbed run of the operation passes, and how often."""
+    scenario.prepare(ground.instance)
+    assert wait_quiet(ground.instance, ground.pool) == []
+    ground.trace.write_text("")
+    reply = scenario.act(ground.instance)
+    assert reply.kind == "ok", f"{scenario.name}: {reply.exception} {reply.message}"
+    assert wait_quiet(ground.instance, ground.pool) == []
+    seen = Counter(ground.trace.read_text().split())
+    scenario.clean(ground.instance)
+    assert wait_quiet(ground.instance, ground.pool) == []
+    return seen
+
+
+def stages(name: str, hits: int) -> list[tuple[str, ...]]:
+    """The kills of one failpoint: at its middle pass, or at every one; then again."""
+    numbers = range(1, hits + 1) if ALL_HITS else [(hits + 1) // 2]
+    return [tuple(f"{name}=kill:{n}" if k == 0 else f"{name}=kill" for k in range(KILLS))
+            for n in numbers]  # fmt: skip
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.name)
+def test_a_kill_at_every_failpoint(ground: Ground, scenario: Scenario) -> None:
+    seen = passes(ground, scenario)
+    assert seen, f"{scenario.name} passes no failpoint"
+    failures: list[str] = []
+    cases = 0
+    for name, hits in sorted(seen.items()):
+        for kills in stages(name, hits):
+            cases += 1
+            found = run_case(ground.instance, ground.pool, scenario, *kills)
+            failures.extend(f"{' then '.join(kills)}: {problem}" for problem in found)
+            assert len(failures) < 20, "\n".join(failures)
+    print(f"{scenario.name}: {cases} kills at {len(seen)} failpoints, {len(failures)} violations")
+    assert not failures, "\n".join(failures)
