@@ -57,9 +57,7 @@ class OperationState(enum.Enum):
         return self in _TERMINAL
 
 
-_TERMINAL = frozenset(
-    {OperationState.SUCCEEDED, OperationState.FAILED, OperationState.CANCELLED}
-)
+_TERMINAL = frozenset({OperationState.SUCCEEDED, OperationState.FAILED, OperationState.CANCELLED})
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,7 +81,7 @@ def parse_stored(view: View, qube: Holder, row: PropertyRow, text: str) -> str:
         if value is None:
             raise _invalid(qube, row, text, "it must be True or False")
         return str(value)
-    if not grammar.python_printable(text):
+    if not grammar.printable_ascii(text) and not grammar.python_printable(text):
         raise _invalid(qube, row, text, "unprintable characters")
     parsed = _PARSERS.get(row.type, _parse_text)(view, qube, row, text)
     return _check(view, qube, row, parsed, loops=False)

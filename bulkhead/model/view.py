@@ -269,7 +269,9 @@ class View:
                 if not operation.state.terminal:
                     for subject in operation.subjects:
                         self._locks.setdefault(subject, {})[operation.id] = None
-                return OperationPut(old_op) if old_op is not None else OperationRemoved(operation.id)
+                return (
+                    OperationPut(old_op) if old_op is not None else OperationRemoved(operation.id)
+                )
             case OperationRemoved(op_id):
                 old_op = self.operations.pop(op_id, None)
                 if old_op is None:

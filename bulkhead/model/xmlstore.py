@@ -52,6 +52,12 @@ INVALID_PREFIX = "!"
 
 _Element = ElementTree.Element
 
+_MEMINFO = "service.meminfo-writer"
+_REQUIRED = {
+    klass: tuple(row for row in rows_for(klass) if row.type == "qube" and not row.none_allowed)
+    for klass in CLASSES
+}
+
 
 class StoreUnreadable(ValueError):
     """The bytes are no qubes.xml at all: torn, not XML, or with a document type."""
@@ -335,19 +341,24 @@ class _Loader:
     def _uuid(self, index: int, texts: dict[str, str], problems: list[str]) -> str:
         text = texts.pop("uuid", None)
         name = texts.get("name", "")
-        substitute = str(uuids.uuid5(uuids.NAMESPACE_OID, f"qube/{name}/{index}"))
+
+        def substitute() -> str:
+            # Derived from the name, so that the same file gives the same one again.
+            return str(uuids.uuid5(uuids.NAMESPACE_OID, f"qube/{name}/{index}"))
+
         if text is None:
-            # Derived from the name, so that loading the same file again gives the same one.
             self.warnings.append(f"The qube '{grammar.shown(name)}' had no uuid; it was given one")
-            return substitute
+            return substitute()
+        if grammar.is_uuid(text) and self.view.by_uuid_any(text) is None:
+            return text
         try:
             value = str(uuids.UUID(text))
         except ValueError:
             problems.append(f"property uuid: '{grammar.shown(text)}' is no uuid")
-            return substitute
+            return substitute()
         if self.view.by_uuid_any(value) is not None:
             problems.append(f"property uuid: another qube has {value} too")
-            return substitute
+            return substitute()
         return value
 
     def _stage(self, domain: _Domain, *, early: bool) -> dict[str, str]:
@@ -363,6 +374,9 @@ class _Loader:
                 continue
             row = find_row(qube.klass, name)
             if (row.stage == 2) is not early:
+                continue
+            if row.type == "bool" and text in ("True", "False") and row.settable:
+                values[name] = text
                 continue
             try:
                 values[name] = parse_stored(self.view, qube, row, text)
@@ -411,21 +425,32 @@ class _Loader:
     # ---- stage 4
 
     def _second_stage(self, domain: _Domain) -> None:
-        qube = replace(
-            domain.qube,
-            properties=self._stage(domain, early=False),
-            features=_features(domain.element),
-            tags=_tags(domain.element),
-        )
-        for row in rows_for(qube.klass):
-            required = row.type == "qube" and not row.none_allowed
-            if required and row.name not in qube.properties and row.name not in domain.texts:
+        first = domain.qube
+        klass = first.klass
+        known = klass in CLASSES
+        properties = self._stage(domain, early=False)
+        for row in _REQUIRED.get(klass, ()):
+            if row.name not in properties and row.name not in domain.texts:
                 domain.problems.append(f"property {row.name}: it is missing")
-        qube = _migrate_meminfo(qube)
-        if qube.klass in LOCAL_VM or qube.klass not in CLASSES:
-            qube = replace(qube, devices=self._devices(domain))
-        if qube.klass in QUBES_VM or qube.klass not in CLASSES:
-            qube = replace(qube, volumes=self._volumes(domain, qube))
+        features = _features(domain.element)
+        if not features.get(_MEMINFO, "1") and has_property(klass, "vcpus"):
+            # The old way to switch memory balancing off.
+            del features[_MEMINFO]
+            properties["maxmem"] = "0"
+        volumes: tuple[Volume, ...] = ()
+        if klass in QUBES_VM or not known:
+            volumes = self._volumes(domain, replace(first, properties=properties))
+        qube = Qube(
+            uuid=first.uuid,
+            name=first.name,
+            qid=first.qid,
+            klass=klass,
+            properties=properties,
+            features=features,
+            tags=_tags(domain.element),
+            devices=self._devices(domain) if klass in LOCAL_VM or not known else (),
+            volumes=volumes,
+        )
         if domain.problems:
             qube = replace(qube, quarantine="\n".join(domain.problems), raw=self._raw(domain))
         domain.qube = qube
@@ -516,15 +541,6 @@ def _migrate_texts(klass: str, texts: dict[str, str]) -> None:
         texts.setdefault("template_for_dispvms", old)
 
 
-def _migrate_meminfo(qube: Qube) -> Qube:
-    """An old way to switch memory balancing off becomes maxmem 0."""
-    name = "service.meminfo-writer"
-    if qube.features.get(name, "1") or not has_property(qube.klass, "vcpus"):
-        return qube
-    features = {key: value for key, value in qube.features.items() if key != name}
-    return replace(qube, features=features, properties={**qube.properties, "maxmem": "0"})
-
-
 # ---- elements to values; these need no view
 
 
@@ -604,6 +620,8 @@ def _whole(element: _Element, name: str, default: int, *, minimum: int = 0) -> i
     text = element.get(name)
     if text is None:
         return default
+    if len(text) <= 12 and text.isascii() and text.isdigit() and (text[0] != "0" or text == "0"):
+        return int(text)  # nearly always; the general check below is slower
     try:
         return grammar.check_number(text, minimum=minimum)
     except Refusal:
@@ -612,6 +630,10 @@ def _whole(element: _Element, name: str, default: int, *, minimum: int = 0) -> i
 
 def _flag(element: _Element, name: str, default: object) -> bool:
     text = element.get(name)
+    if text == "True":
+        return True
+    if text == "False":
+        return False
     if text is None:
         return bool(getattr(default, name, False))
     value = grammar.parse_bool(text)
