@@ -37,7 +37,15 @@ from services.registry.adapters.journal import (
     Transaction,
 )
 from services.registry.core.audit import before_after
-from services.registry.core.group import Accepted, Batch, Planned, Refused, Work, plan_batch
+from services.registry.core.group import (
+    Accepted,
+    Batch,
+    Numbers,
+    Planned,
+    Refused,
+    Work,
+    plan_batch,
+)
 from services.registry.core.reasons import REASONS
 from services.registry.core.visibility import public_changes
 from services.registry.encoding import delta_of, side_tables
@@ -82,10 +90,11 @@ class _Item:
     origin: Origin
     freeze: Freeze | None
     future: asyncio.Future[Accepted]
+    number: Callable[[int, int], None] | None
     reply: tuple[str, bytes, bytes] | None = None
 
-    def plan(self, view: View, revision: int) -> Planned:
-        return self.work.plan(view, revision)
+    def plan(self, view: View, now: Numbers) -> Planned:
+        return self.work.plan(view, now)
 
 
 @dataclass(slots=True)
@@ -123,9 +132,9 @@ class Engine:
     ) -> None:
         self.view = view
         self.journal = journal
-        self.revision = journal.revision
-        self.seq = 0
-        self.epoch = journal.epoch
+        self.numbers = Numbers(
+            journal.revision, epoch=journal.epoch, small_revision=journal.revision
+        )
         self.counters = Counters()
         self._stream = stream
         self._committed = committed
@@ -140,17 +149,34 @@ class Engine:
         self._quiet: list[Callable[[], None]] = []
         self._writer = ThreadPoolExecutor(1, "registry-writer")
 
+    @property
+    def revision(self) -> int:
+        """Of the newest durable change."""
+        return self.numbers.revision
+
+    @property
+    def seq(self) -> int:
+        """Of the newest stream entry."""
+        return self.numbers.seq
+
     # ---- for handlers
 
-    async def submit(self, work: Work, origin: Origin, freeze: Freeze | None = None) -> Accepted:
-        """Plan, make durable, apply, publish. Raises what planning raised, or BusError
+    async def submit(
+        self,
+        work: Work,
+        origin: Origin,
+        freeze: Freeze | None = None,
+        number: Callable[[int, int], None] | None = None,
+    ) -> Accepted:
+        """Plan, make durable, apply, publish. number(revision, seq) is called before
+        freeze and before a refusal is raised. Raises what planning raised, or BusError
         STORE_FULL, STORE_FAILED (nothing was changed), STORE_BROKEN (unknown), or
         REGISTRY_BUSY."""
         if self._broken is not None:
             raise _error("STORE_BROKEN", "the registry is about to restart; ask again")
         if len(self._waiting) >= QUEUE_LIMIT:
             raise _error("REGISTRY_BUSY", "too many changes wait for the registry; ask later")
-        item = _Item(work, origin, freeze, self._loop.create_future())
+        item = _Item(work, origin, freeze, self._loop.create_future(), number)
         self._waiting.append(item)
         if not self._committing:
             self._pump()
@@ -193,13 +219,15 @@ class Engine:
         """Plan what waits; start one commit, or settle at once what needs none."""
         while self._waiting and not self._committing and self._broken is None:
             items = [self._waiting.popleft() for _ in range(min(len(self._waiting), BATCH_LIMIT))]
-            batch = plan_batch(self.view, items, self.revision, self.seq)
+            batch = plan_batch(self.view, items, self.numbers)
             durable = batch.durable
             if not durable:
                 self._settle(batch)
                 continue
             for accepted in durable:
                 item = _item(accepted)
+                if item.number is not None:
+                    item.number(accepted.revision, accepted.seq)
                 if item.freeze is not None:
                     item.reply = item.freeze(accepted)
             self._committing = True
@@ -233,7 +261,7 @@ class Engine:
 
     def _settle(self, batch: Batch) -> None:
         """The batch is durable: number, publish, tell, answer."""
-        self.revision, self.seq = batch.revision, batch.seq
+        self.numbers = batch.numbers
         accepted: list[Accepted] = []
         for outcome in batch.outcomes:
             if isinstance(outcome, Refused):
@@ -241,13 +269,13 @@ class Engine:
                     self._announce(outcome)
                 continue
             accepted.append(outcome)
-            if outcome.planned.epoch is not None:
-                self.epoch = outcome.planned.epoch
             if outcome.published:
                 self._publish(outcome)
         self._committed(accepted)
         for outcome in batch.outcomes:
             item = _item(outcome)
+            if item.number is not None:
+                item.number(outcome.revision, outcome.seq)
             if isinstance(outcome, Refused):
                 self.counters.refused += 1
                 self._fail(item, outcome.error)
@@ -266,6 +294,8 @@ class Engine:
         for outcome in batch.outcomes:
             item = _item(outcome)
             if isinstance(outcome, Accepted) and outcome.planned.durable:
+                if item.number is not None:
+                    item.number(self.revision, self.seq)
                 self._fail(item, _error(reason, f"{error}; nothing was changed"))
             else:
                 # Refused pieces too: what they were refused for may be undone now.

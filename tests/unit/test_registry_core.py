@@ -40,7 +40,7 @@ from bulkhead.model.refusal import Refusal
 from bulkhead.model.view import View
 from services.registry.core import announce, audit, canonical, facts, foreign, operations
 from services.registry.core.foreign import CheckpointRow, Found, Start, decide
-from services.registry.core.group import Accepted, Planned, Refused, plan_batch
+from services.registry.core.group import Accepted, Numbers, Planned, Refused, plan_batch
 from services.registry.core.reasons import REASONS
 from services.registry.core.replay import Aside, aside_of, assemble, with_aside
 from services.registry.core.visibility import public_changes, touches_file
@@ -64,18 +64,18 @@ def view_of(*changes: Change) -> View:
 class Step:
     """Work whose plan is a function."""
 
-    act: Callable[[View, int], Planned]
+    act: Callable[[View, Numbers], Planned]
 
-    def plan(self, view: View, revision: int) -> Planned:
-        return self.act(view, revision)
+    def plan(self, view: View, now: Numbers) -> Planned:
+        return self.act(view, now)
 
 
 def changing(*changes: Change, durable: bool = True) -> Step:
-    return Step(lambda view, revision: Planned(changes, durable=durable))
+    return Step(lambda view, now: Planned(changes, durable=durable))
 
 
 def refusing() -> Step:
-    def act(view: View, revision: int) -> Planned:
+    def act(view: View, now: Numbers) -> Planned:
         raise Refusal("QUBE_NOT_FOUND", "No such qube")
 
     return Step(act)
@@ -86,29 +86,31 @@ class TestBatches:
         view = view_of()
         seen: list[str | None] = []
 
-        def look(view: View, revision: int) -> Planned:
+        def look(view: View, now: Numbers) -> Planned:
             found = view.qube("work")
             seen.append(found.name if found else None)
             return Planned(durable=False)
 
-        plan_batch(view, [Step(look), changing(QubePut(qube())), Step(look)], 5, 9)
+        plan_batch(view, [Step(look), changing(QubePut(qube())), Step(look)], Numbers(5, 9))
         assert seen == [None, "work"]
 
     def test_a_refusal_affects_only_itself(self) -> None:
         view = view_of()
         batch = plan_batch(
-            view, [changing(SystemPut("a", "1")), refusing(), changing(SystemPut("b", "2"))], 0, 0
+            view,
+            [changing(SystemPut("a", "1")), refusing(), changing(SystemPut("b", "2"))],
+            Numbers(),
         )
         assert [type(o) for o in batch.outcomes] == [Accepted, Refused, Accepted]
         assert view.properties == {"a": "1", "b": "2"}
-        assert (batch.revision, batch.seq) == (2, 2)
+        assert (batch.numbers.revision, batch.numbers.seq) == (2, 2)
 
     def test_a_bug_in_one_plan_does_not_stop_the_others(self) -> None:
-        def broken(view: View, revision: int) -> Planned:
+        def broken(view: View, now: Numbers) -> Planned:
             raise ZeroDivisionError
 
         view = view_of()
-        batch = plan_batch(view, [Step(broken), changing(SystemPut("a", "1"))], 0, 0)
+        batch = plan_batch(view, [Step(broken), changing(SystemPut("a", "1"))], Numbers(0, 0))
         assert isinstance(batch.outcomes[0], Refused)
         assert view.properties == {"a": "1"}
 
@@ -121,7 +123,7 @@ class TestBatches:
             changing(QubePut(qube(U2, "work", 2)), SystemRemoved("a")),
             changing(FactPut(HostFact("sim")), durable=False),
         ]
-        batch = plan_batch(view, works, 0, 0)
+        batch = plan_batch(view, works, Numbers(0, 0))
         assert canonical.pages(view, 1 << 20) != before
         batch.take_back(view)
         assert canonical.pages(view, 1 << 20) == before
@@ -129,7 +131,7 @@ class TestBatches:
 
     def test_records_get_the_revision_of_their_change(self) -> None:
         view = view_of()
-        plan_batch(view, [changing(SystemPut("a", "1")), changing(QubePut(qube()))], 41, 0)
+        plan_batch(view, [changing(SystemPut("a", "1")), changing(QubePut(qube()))], Numbers(41, 0))
         assert view.qube("work").revision == 43
 
     def test_only_durable_pieces_get_a_revision(self) -> None:
@@ -137,9 +139,9 @@ class TestBatches:
         works = [
             changing(FactPut(HostFact("sim")), durable=False),
             changing(SystemPut("a", "1")),
-            Step(lambda view, revision: Planned(durable=False)),
+            Step(lambda view, now: Planned(durable=False)),
         ]
-        batch = plan_batch(view, works, 7, 100)
+        batch = plan_batch(view, works, Numbers(7, 100))
         first, second, third = (o for o in batch.outcomes if isinstance(o, Accepted))
         assert (first.revision, first.seq, first.published) == (7, 101, True)
         assert (second.revision, second.seq) == (8, 102)
@@ -148,9 +150,9 @@ class TestBatches:
     def test_a_dry_run_applies_nothing(self) -> None:
         view = view_of()
         dry = Step(lambda v, r: Planned((SystemPut("a", "1"),), (WireEvent("", "x"),), silent=True))
-        batch = plan_batch(view, [dry], 3, 3)
+        batch = plan_batch(view, [dry], Numbers(3, 3))
         assert view.properties == {} and batch.durable == []
-        assert (batch.revision, batch.seq) == (3, 3)
+        assert (batch.numbers.revision, batch.numbers.seq) == (3, 3)
 
     def test_facts_end_with_their_qube(self) -> None:
         view = view_of(
@@ -158,7 +160,7 @@ class TestBatches:
             FactPut(PowerFact(U1, "b", 1, "running")),
             FactPut(DeviceFact(U1, "pci", "p")),
         )
-        batch = plan_batch(view, [changing(QubeRemoved(U1))], 0, 0)
+        batch = plan_batch(view, [changing(QubeRemoved(U1))], Numbers(0, 0))
         assert not view.facts()
         accepted = batch.outcomes[0]
         assert isinstance(accepted, Accepted)

@@ -16,8 +16,14 @@ from bulkhead.model.plan.base import PlanRefused
 from bulkhead.model.records import (
     Change,
     FactRemoved,
+    LabelPut,
+    LabelRemoved,
+    PoolPut,
+    PoolRemoved,
     QubePut,
     QubeRemoved,
+    SystemPut,
+    SystemRemoved,
     WireEvent,
     fact_key,
 )
@@ -43,11 +49,23 @@ class Planned:
     silent: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """Where the store is. revision: of the newest durable change; seq: of the newest
+    stream entry; epoch: of the newest lifecycle; small_revision: of the newest change of
+    labels, pools or system properties."""
+
+    revision: int = 0
+    seq: int = 0
+    epoch: int = 0
+    small_revision: int = 0
+
+
 class Work(Protocol):
     """One waiting piece of work."""
 
-    def plan(self, view: View, revision: int) -> Planned:
-        """Pure. revision: the one that its changes get. Raises Refusal."""
+    def plan(self, view: View, now: Numbers, /) -> Planned:
+        """Pure. now: before the piece; its changes get now.revision + 1. Raises Refusal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +100,10 @@ class Refused:
 
 @dataclass(slots=True)
 class Batch:
-    """Outcomes in order; undo: inverses in the order that takes everything back."""
+    """Outcomes in order; numbers after it; undo: inverses in the order of application."""
 
+    numbers: Numbers
     outcomes: list[Accepted | Refused] = field(default_factory=list)
-    revision: int = 0
-    seq: int = 0
     undo: list[Change] = field(default_factory=list)
 
     @property
@@ -101,16 +118,17 @@ class Batch:
         self.undo.clear()
 
 
-def plan_batch(view: View, works: Sequence[Work], revision: int, seq: int) -> Batch:
-    """Plan and apply in order. revision, seq: of the store before the batch."""
-    batch = Batch(revision=revision, seq=seq)
+def plan_batch(view: View, works: Sequence[Work], now: Numbers) -> Batch:
+    """Plan and apply in order. now: of the store before the batch."""
+    batch = Batch(now)
     for work in works:
         mark = len(batch.undo)
+        now = batch.numbers
         try:
-            planned = work.plan(view, batch.revision + 1)
+            planned = work.plan(view, now)
             if planned.silent:
                 planned = replace(planned, changes=(), events=(), durable=False)
-            stamp = batch.revision + 1 if planned.durable else 0
+            stamp = now.revision + 1 if planned.durable else 0
             done = _apply(view, planned.changes, stamp, batch.undo)
         except Exception as error:  # a planner's bug must not take the batch with it
             for change in reversed(batch.undo[mark:]):
@@ -118,17 +136,26 @@ def plan_batch(view: View, works: Sequence[Work], revision: int, seq: int) -> Ba
             del batch.undo[mark:]
             events = error.events if isinstance(error, PlanRefused) else ()
             if events:
-                batch.seq += 1
-            batch.outcomes.append(Refused(work, error, events, batch.revision, batch.seq))
+                batch.numbers = now = replace(now, seq=now.seq + 1)
+            batch.outcomes.append(Refused(work, error, events, now.revision, now.seq))
             continue
+        accepted = Accepted(work, planned, now.revision, now.seq, done)
         if planned.durable:
-            batch.revision += 1
-        accepted = Accepted(work, planned, batch.revision, batch.seq, done)
+            accepted = replace(accepted, revision=stamp)
+            now = replace(now, revision=stamp)
+            if any(isinstance(change, _SMALL) for change in planned.changes):
+                now = replace(now, small_revision=stamp)
+            if planned.epoch is not None:
+                now = replace(now, epoch=planned.epoch)
         if accepted.published:
-            batch.seq += 1
-            accepted = replace(accepted, seq=batch.seq)
+            now = replace(now, seq=now.seq + 1)
+            accepted = replace(accepted, seq=now.seq)
+        batch.numbers = now
         batch.outcomes.append(accepted)
     return batch
+
+
+_SMALL = (LabelPut, LabelRemoved, PoolPut, PoolRemoved, SystemPut, SystemRemoved)
 
 
 def _apply(

@@ -1,0 +1,373 @@
+"""What each call of the registry plans.
+
+Owns one Work class per call, and the guards that are the registry's own (etag, epoch,
+who may announce). The rules of the records are bulkhead.model.plan's. Must not know
+messages, clocks or threads. Invariant: a plan reads the view and its own arguments only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from bulkhead.model.plan.operations import plan_begin, plan_end
+
+from bulkhead.model.plan.base import Plan, PlanRefused
+from bulkhead.model.plan.mutation import plan_mutation, plan_preload
+from bulkhead.model.records import (
+    Change,
+    Fact,
+    Operation,
+    OperationPut,
+    OperationRemoved,
+    OperationState,
+    Problem,
+    QubePut,
+    WireEvent,
+)
+from bulkhead.model.refusal import Refusal
+from bulkhead.model.specs import ApplySpec, Command, OperationSpec, PreloadMarks
+from bulkhead.model.view import View
+from services.registry.core import adopt, operations
+from services.registry.core.announce import DIGEST_OWNER, check_events, plan_announce
+from services.registry.core.facts import plan_facts
+from services.registry.core.group import Numbers, Planned
+
+
+def told(plan: Plan) -> str:
+    """The result column of a plan's audit row."""
+    return json.dumps(
+        {**plan.audit, **({"result": dict(plan.result)} if plan.result else {})},
+        sort_keys=True,
+        separators=(",", ":"),
+        ensure_ascii=False,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class MutationAnswer:
+    """result as the plan gives it; applies: the APPLY operations begun with it."""
+
+    result: Mapping[str, str]
+    applies: tuple[Operation, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """One command of an Admin API source. etag: 0 = none. new_id: makes ids of operations."""
+
+    command: Command
+    source: str
+    now: float
+    etag: int
+    dry: bool
+    new_id: Callable[[], str]
+    request_id: bytes = b""
+
+    def plan(self, view: View, now: Numbers) -> Planned:
+        try:
+            self._check_etag(view, now)
+            plan = plan_mutation(view, self.command, self.source, now=self.now)
+        except PlanRefused as refusal:
+            if self.dry:
+                raise Refusal(refusal.reason, refusal.message, **refusal.metadata) from refusal
+            raise
+        if self.dry:
+            return Planned(answer=MutationAnswer(plan.result), silent=True)
+        changes, applies = self._with_applies(view, plan, now.revision + 1)
+        return Planned(
+            changes,
+            plan.events,
+            answer=MutationAnswer(plan.result, applies),
+            result=told(plan),
+        )
+
+    def _check_etag(self, view: View, now: Numbers) -> None:
+        if not self.etag:
+            return
+        name = getattr(self.command, "qube", "")
+        qube = view.qube(name) if name else None
+        present = qube.revision if qube is not None else now.small_revision
+        if present > self.etag:
+            raise Refusal(
+                "CHANGED_MEANWHILE",
+                f"{name or 'The system'} was changed at revision {present}, after {self.etag}",
+                etag=str(self.etag),
+                revision=str(present),
+            )
+
+    def _with_applies(
+        self, view: View, plan: Plan, revision: int
+    ) -> tuple[tuple[Change, ...], tuple[Operation, ...]]:
+        """The plan's changes and those that begin its APPLY operations."""
+        if not plan.live:
+            return plan.changes, ()
+        changes = list(plan.changes)
+        applies: list[Operation] = []
+        # Begun as if the change had been made already.
+        undo = view.apply_all(plan.changes)
+        try:
+            for uuid in plan.live:
+                qube = view.by_uuid_any(uuid)
+                if qube is None:
+                    continue
+                begun = plan_begin(
+                    view,
+                    ApplySpec(uuid, qube.run.boot_id, revision),
+                    self.source,
+                    operation_id=self.new_id(),
+                    boot_id="",
+                    request_id=self.request_id,
+                    now=self.now,
+                )
+                changes.extend(begun.changes)
+                undo = [*view.apply_all(begun.changes), *undo]
+                applies.append(begun.joined or begun.operation)
+        finally:
+            for change in undo:
+                view.apply(change)
+        return tuple(changes), tuple(applies)
+
+
+@dataclass(frozen=True, slots=True)
+class Preload:
+    """dispvm's marks."""
+
+    marks: PreloadMarks
+    source: str
+    now: float
+    dry: bool
+
+    def plan(self, view: View, _now: Numbers) -> Planned:
+        plan = plan_preload(view, self.marks, self.source, now=self.now)
+        return Planned(plan.changes, plan.events, result=told(plan), silent=self.dry)
+
+
+@dataclass(frozen=True, slots=True)
+class BeginAnswer:
+    """joined: the operation was under way already."""
+
+    operation: Operation
+    joined: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Lock and begin. boot_id: for a START, new."""
+
+    spec: OperationSpec
+    source: str
+    operation_id: str
+    boot_id: str
+    request_id: bytes
+    now: float
+    dry: bool
+
+    def plan(self, view: View, _now: Numbers) -> Planned:
+        known = view.operations.get(self.operation_id)
+        if known is not None:
+            # The same Begin under another request id, after a restart of the caller.
+            return Planned(durable=False, answer=BeginAnswer(known, True))
+        try:
+            plan = plan_begin(
+                view,
+                self.spec,
+                self.source,
+                operation_id=self.operation_id,
+                boot_id=self.boot_id,
+                request_id=self.request_id,
+                now=self.now,
+            )
+        except PlanRefused as refusal:
+            if self.dry:
+                raise Refusal(refusal.reason, refusal.message, **refusal.metadata) from refusal
+            raise
+        return Planned(
+            plan.changes,
+            plan.events,
+            answer=BeginAnswer(plan.joined or plan.operation, plan.joined is not None),
+            result=told(plan),
+            silent=self.dry,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """One step on. Fields as in operations.advanced()."""
+
+    operation_id: str
+    epoch: int
+    cursor: str
+    state: OperationState
+    progress: float
+    progress_text: str
+    data: Mapping[str, str]
+    pivoted: bool
+    error: Problem | None
+    events: tuple[WireEvent, ...]
+    caller: str
+
+    def plan(self, view: View, now: Numbers) -> Planned:
+        operations.check_epoch(self.epoch, now.epoch)
+        check_events(self.caller, self.events)
+        operation = operations.advanced(
+            operations.unfinished(view, self.operation_id),
+            epoch=self.epoch,
+            cursor=self.cursor,
+            state=self.state,
+            progress=self.progress,
+            progress_text=self.progress_text,
+            data=self.data,
+            pivoted=self.pivoted,
+            error=self.error,
+        )
+        return Planned((OperationPut(operation),), self.events, answer=operation)
+
+
+@dataclass(frozen=True, slots=True)
+class EndAnswer:
+    """follow_up: begun in the same transaction."""
+
+    operation: Operation
+    follow_up: Operation | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Finish and publish."""
+
+    operation_id: str
+    epoch: int
+    outcome: OperationState
+    error: Problem | None
+    result: Mapping[str, str]
+    events: tuple[WireEvent, ...]
+    follow_up: OperationSpec | None
+    follow_up_id: str
+    now: float
+    caller: str
+
+    def plan(self, view: View, now: Numbers) -> Planned:
+        operations.check_epoch(self.epoch, now.epoch)
+        check_events(self.caller, self.events)
+        operation = operations.find(view, self.operation_id)
+        if operation.state.terminal and operation.state is self.outcome:
+            # Ended before, and the answer was lost with its asker.
+            return Planned(durable=False, answer=EndAnswer(operation))
+        operations.unfinished(view, self.operation_id)
+        if not self.outcome.terminal:
+            raise Refusal(
+                "PROTOCOL",
+                f"{self.outcome.value} is no outcome of an operation",
+                outcome=self.outcome.value,
+            )
+        plan = plan_end(
+            view,
+            replace(operation, epoch=self.epoch),
+            self.outcome,
+            error=self.error,
+            result=self.result,
+            events=self.events,
+            follow_up=self.follow_up,
+            follow_up_id=self.follow_up_id,
+            now=self.now,
+        )
+        drop = tuple(OperationRemoved(op_id) for op_id in operations.expired(view, self.now))
+        return Planned(
+            (*plan.changes, *drop),
+            plan.events,
+            answer=EndAnswer(plan.operation, plan.follow_up),
+            result=told(plan),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Ask an operation to stop at its next cancel point."""
+
+    operation_id: str
+
+    def plan(self, view: View, _now: Numbers) -> Planned:
+        operation = operations.unfinished(view, self.operation_id)
+        if operation.cancel_requested:
+            return Planned(durable=False, answer=operation)
+        operation = replace(operation, cancel_requested=True)
+        return Planned((OperationPut(operation),), answer=operation)
+
+
+@dataclass(frozen=True, slots=True)
+class EpochAnswer:
+    """unfinished: what the new lifecycle adopts, oldest first."""
+
+    epoch: int
+    unfinished: tuple[Operation, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TakeEpoch:
+    """A new lifecycle takes over."""
+
+    def plan(self, view: View, now: Numbers) -> Planned:
+        epoch = now.epoch + 1
+        left = sorted(
+            (o for o in view.operations.values() if not o.state.terminal),
+            key=lambda o: (o.created, o.id),
+        )
+        return Planned(
+            answer=EpochAnswer(epoch, tuple(left)), result=f'{{"epoch":{epoch}}}', epoch=epoch
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """A report."""
+
+    caller: str
+    put: Sequence[Fact]
+    removed: Sequence[str]
+    complete: bool
+
+    def plan(self, view: View, _now: Numbers) -> Planned:
+        changes = plan_facts(view, self.caller, self.put, self.removed, self.complete)
+        return Planned(changes, durable=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """Events without a record change; rules_digest None = none given."""
+
+    caller: str
+    uuid: str
+    boot_id: str
+    events: tuple[WireEvent, ...]
+    rules_digest: str | None
+
+    def plan(self, view: View, _now: Numbers) -> Planned:
+        events = plan_announce(view, self.caller, self.uuid, self.boot_id, self.events)
+        if self.rules_digest is None:
+            return Planned((), events, durable=False)
+        if self.caller != DIGEST_OWNER:
+            raise Refusal(
+                "NOT_YOURS",
+                f"{self.caller} does not own the firewall rules",
+                caller=self.caller,
+            )
+        qube = view.by_uuid_any(self.uuid)
+        if qube is None:
+            raise Refusal("QUBE_NOT_FOUND", f"No qube with uuid {self.uuid}", uuid=self.uuid)
+        if qube.rules_digest == self.rules_digest:
+            return Planned((), events, durable=False)
+        return Planned((QubePut(replace(qube, rules_digest=self.rules_digest)),), events)
+
+
+@dataclass(frozen=True, slots=True)
+class Adopt:
+    """Take a foreign qubes.xml in. adopt.Blocked when it alters what is in use."""
+
+    edited: Sequence[Change]
+    sha256: str
+
+    def plan(self, view: View, _now: Numbers) -> Planned:
+        changes, events = adopt.plan_adopt(view, self.edited)
+        return Planned(changes, events, result=json.dumps({"adopted": self.sha256}))
