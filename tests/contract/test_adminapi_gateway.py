@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import uvloop
 
 from bulkhead.api import lifecycle_pb2, registry_pb2
 from bulkhead.bus.errors import BusError, bus_error
@@ -162,14 +163,18 @@ def header(revision: int = 0, seq: int = 0) -> SimpleNamespace:
     return SimpleNamespace(revision=revision, seq=seq)
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Iterator[Callable[[Callable[[World], Awaitable[None]]], None]]:
+@pytest.fixture(params=["asyncio", "uvloop"])
+def run(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[Callable[[Callable[[World], Awaitable[None]]], None]]:
     def runner(test: Callable[[World], Awaitable[None]]) -> None:
         async def main() -> None:
             async with running(tmp_path) as world:
                 await test(world)
 
-        asyncio.run(main())
+        factory = uvloop.new_event_loop if request.param == "uvloop" else None
+        with asyncio.Runner(loop_factory=factory) as loop_runner:
+            loop_runner.run(main())
 
     yield runner
 
