@@ -9,7 +9,6 @@ announced by its pre-event; setting the same value again fires all events.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from bulkhead.model import events
 from bulkhead.model.evaluate import (
@@ -22,7 +21,6 @@ from bulkhead.model.evaluate import (
     is_running,
     power_state,
     provides_network,
-    template_of,
 )
 from bulkhead.model.events import ABSENT, OldValue
 from bulkhead.model.plan.base import Draft, by_name
@@ -34,12 +32,11 @@ from bulkhead.model.properties import (
     PropertyRow,
     find_row,
     has_property,
-    rows_for,
 )
 from bulkhead.model.records import Phase, Qube
-from bulkhead.model.refusal import Refusal
-from bulkhead.model.setters import check_guards, check_reset, parse_property, parse_stored
+from bulkhead.model.setters import check_guards, check_reset, parse_property
 from bulkhead.model.view import View
+from bulkhead.model.xmlstore import mended
 
 # Properties whose value is repeated as tag PREFIX-NAME.
 _TAGGED = ("guivm", "audiovm", "relayvm")
@@ -75,7 +72,7 @@ def store_property(draft: Draft, qube: Qube, row: PropertyRow, text: str) -> Non
     _consequences(draft, qube, row, new, old)
     draft.emit(events.property_set_only(qube, name, new, old))
     _mark_live(draft, qube, row)
-    _requalify(draft, qube)
+    _requalify(draft, qube, name)
 
 
 def reset_property(draft: Draft, qube: Qube, name: str) -> None:
@@ -109,7 +106,7 @@ def clear_property(draft: Draft, qube: Qube, row: PropertyRow) -> None:
         _consequences(draft, qube, row, new, old)
     draft.emit(*after)
     _mark_live(draft, qube, row)
-    _requalify(draft, qube)
+    _requalify(draft, qube, name)
 
 
 def value_of(row: PropertyRow, text: str) -> Value:
@@ -345,29 +342,11 @@ def _after_system(draft: Draft, name: str, new: Value, old: OldValue) -> None:
 # ---- quarantine
 
 
-def _requalify(draft: Draft, qube: Qube) -> None:
-    """A quarantined qube that validates again is released."""
+def _requalify(draft: Draft, qube: Qube, name: str) -> None:
+    """A property that was set or reset has no bad stored value any more."""
     qube = draft.qube(qube.uuid)
-    if qube.quarantine and not stored_problem(draft.view, qube):
-        draft.put(replace(qube, quarantine="", raw=b""))
-
-
-def stored_problem(view: View, qube: Qube) -> str:
-    """Why the stored properties do not validate, "" where they do."""
-    rows = {row.name: row for row in rows_for(qube.klass)}
-    for name, text in qube.properties.items():
-        row = rows.get(name)
-        if row is None:
-            return f"unknown property {name}"
-        try:
-            parse_stored(view, qube, row, text)
-        except Refusal as refusal:
-            return refusal.message
-    if "template" in rows and template_of(view, qube) is None:
-        return "its template is missing"
-    if "label" in rows and "label" not in qube.properties:
-        return "it has no label"
-    return ""
+    if qube.quarantine:
+        draft.put(mended(qube, name))
 
 
 def tagged_properties(klass: str) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ def new_volumes(
     if specs and template is not None:
         for extra in template.volumes:
             if extra.name not in names:
-                volumes.append(_inherited(view, qube, extra, chosen.pop(extra.name, "")))
+                volumes.append(inherited_volume(view, qube, extra, chosen.pop(extra.name, "")))
     if chosen:
         raise Refusal(
             "VOLUME_CREATE_REFUSED",
@@ -125,7 +125,7 @@ def _new_volume(
     )
 
 
-def _inherited(view: View, qube: Qube, extra: Volume, own_pool: str) -> Volume:
+def inherited_volume(view: View, qube: Qube, extra: Volume, own_pool: str) -> Volume:
     """A volume of the template that the class does not know: its settings, a new id."""
     if own_pool and extra.snap_on_start:
         raise Refusal(
