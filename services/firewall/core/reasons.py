@@ -16,7 +16,6 @@ _ROWS: tuple[Reason, ...] = (
     Reason("KERNEL_REFUSED", "INTERNAL", "the kernel refused the qube's rules"),
     Reason("ENFORCER_UNAVAILABLE", "UNAVAILABLE", "the enforce worker does not answer"),
     Reason("NETVM_NOT_UP", "FAILED_PRECONDITION", "the network qube has no base rules yet"),
-    Reason("INVALID_TARGET", "INVALID_ARGUMENT", "a target's interface or address is malformed"),
 )
 
 REASONS: Mapping[str, Reason] = {row.name: row for row in _ROWS}
