@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.parse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -206,9 +207,14 @@ def cmd_run(args: argparse.Namespace) -> int:
     print(f"hypervisor {choice.uri}: {choice.why}", flush=True)
     isolated = os.getuid() == 0
     accounts = account_table.ensure_accounts() if isolated else {}
+    uri = choice.uri
+    if choice.own_libvirtd:
+        # Its socket is below the root: libvirt's own default is the machine's libvirtd.
+        private = probe.service_dir("libvirt") / "libvirt-sock"
+        uri = f"{uri}?socket={urllib.parse.quote(str(private))}"
     settings = Settings(
         root=root,
-        hypervisor=choice.uri,
+        hypervisor=uri,
         isolated=isolated,
         users={name: account.uid for name, account in accounts.items()},
         uplink_namespace=args.uplink_namespace,

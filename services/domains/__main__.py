@@ -10,11 +10,12 @@ from pathlib import Path
 
 from bulkhead.bus.confine import Confinement
 from bulkhead.bus.runtime import ServiceContext, serve
-from bulkhead.config import Settings, SettingsError
+from bulkhead.config import Settings
 
 from .adapters.guest_daemons import GuestDaemons, Programs
 from .adapters.guest_keys import FileKeys, GuestKeys, QubesDbKeys
 from .adapters.hypervisor import HostInfo, Hypervisor
+from .adapters.libvirt_adapter import LibvirtHypervisor
 from .adapters.qmemman import MemoryManager
 from .adapters.sim_adapter import SimHypervisor
 from .core.tracker import EpochGuard
@@ -35,7 +36,7 @@ KEYS = "guest-keys"
 def _hypervisor(settings: Settings) -> Hypervisor:
     if settings.hypervisor.startswith("sim:"):
         return SimHypervisor(settings.service_dir("simhv") / SIM_SOCKET)
-    raise SettingsError(f"{settings.hypervisor} is no hypervisor that domains can use")
+    return LibvirtHypervisor(settings.hypervisor)
 
 
 def _keys(settings: Settings) -> GuestKeys:
@@ -54,6 +55,8 @@ async def build(context: ServiceContext) -> object:
     hypervisor = _hypervisor(settings)
 
     def flavour(host: HostInfo | None) -> Flavour:
+        if isinstance(hypervisor, LibvirtHypervisor):
+            return hypervisor.flavour
         return (
             Flavour("xen", qubes=True) if host is None or host.kind == "sim" else Flavour(host.kind)
         )

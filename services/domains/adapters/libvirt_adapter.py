@@ -1,0 +1,534 @@
+"""libvirt as a Hypervisor: Xen, QEMU with or without KVM, and libvirt's test driver.
+
+Owns what each call means in libvirt. Must not know threads (libvirt_calls), XML
+(core.xml) or the bus. Invariants: domains are transient and carry their boot id in our
+metadata; a domain without it is never touched; no libvirt call runs on the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import libvirt
+
+from services.domains.core.power import PMSUSPENDED, RUNNING, power_of, stop_reason_of
+from services.domains.core.spec import DiskSpec, DomainSpec, InterfaceSpec
+from services.domains.core.tracker import Sighting
+from services.domains.core.xml import (
+    METADATA_NS,
+    Flavour,
+    disk_fragment,
+    interface_fragment,
+    read_metadata,
+    render,
+)
+from services.domains.core.xml.qemu import target as qemu_target
+
+from .hypervisor import Domain, Event, Failure, HostInfo, HypervisorError, News
+from .libvirt_calls import Connection, Lane
+
+_R = TypeVar("_R")
+_log = logging.getLogger("domains.libvirt")
+
+WORKERS = 6
+WAITING = 256
+DESTROYERS = 2
+READERS = 2
+RECONNECT_S = (0.05, 0.1, 0.2, 0.5, 1.0)
+OPEN_S = 30.0
+QUBES_MARK = Path("/etc/qubes-release")
+
+
+class LibvirtHypervisor:
+    """Hypervisor at a libvirt URI, for example "qemu:///session?socket=/run/x.sock"."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._work = Lane(uri, "work", WORKERS, WAITING)
+        self._destroy = Lane(uri, "destroy", DESTROYERS, WAITING)
+        self._read = Lane(uri, "read", READERS, WAITING)
+        # Opened and used by the watch only; a hung one is replaced as any other.
+        self._watch = Lane(uri, "events", 1, 4)
+        self._under_way: dict[str, set[asyncio.Task[Any]]] = {}
+        self._listener: Callable[[Event], None] = lambda _: None
+        self._task: asyncio.Task[None] | None = None
+        self._broken = asyncio.Event()
+        self._kind = uri.partition(":")[0].partition("+")[0]
+        self._flavour = Flavour("xen" if self._kind == "xen" else "qemu")
+
+    @property
+    def flavour(self) -> Flavour:
+        """For which XML is made; complete once a connection was up."""
+        return self._flavour
+
+    # ---- connection and events
+
+    async def open(self, listener: Callable[[Event], None]) -> None:
+        self._listener = listener
+        self._task = asyncio.ensure_future(self._keep())
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        for lane in (self._work, self._destroy, self._read, self._watch):
+            lane.close()
+
+    async def _keep(self) -> None:
+        """Hold one connection for events; open it again whenever it breaks."""
+        loop = asyncio.get_running_loop()
+        failures = 0
+        while True:
+            self._broken = asyncio.Event()
+            broken = self._broken
+
+            def closed(
+                _connection: object, _reason: int, _opaque: object, broken: asyncio.Event = broken
+            ) -> None:
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(broken.set)
+
+            def lifecycle(
+                _connection: object, domain: Any, event: int, detail: int, _opaque: object
+            ) -> None:
+                news = _news(domain.UUIDString(), event, detail)
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(self._listener, news)
+
+            def register(connection: libvirt.virConnect) -> str:
+                connection.domainEventRegisterAny(
+                    None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle, None
+                )
+                try:
+                    connection.registerCloseCallback(closed, None)
+                except libvirt.libvirtError:
+                    pass  # drivers inside this process have nothing that could close
+                return str(connection.getCapabilities())
+
+            try:
+                capabilities = await self._watch.run(register, OPEN_S)
+            except HypervisorError as error:
+                if failures == 0:
+                    _log.warning("%s cannot be reached: %s", self.uri, error.message)
+                await asyncio.sleep(RECONNECT_S[min(failures, len(RECONNECT_S) - 1)])
+                failures += 1
+                continue
+            failures = 0
+            self._flavour = _flavour(self._kind, self.uri, capabilities)
+            _log.info("connected to %s", self.uri)
+            self._listener(Event(News.CONNECTED))
+            await broken.wait()
+            _log.warning("the connection to %s broke", self.uri)
+            self._listener(Event(News.DISCONNECTED))
+
+    # ---- common parts
+
+    async def _call(
+        self, uuid: str, call: Callable[[libvirt.virConnect], _R], timeout: float
+    ) -> _R:
+        """A call on the work lane that destroy() of the same uuid gives up."""
+        task = asyncio.ensure_future(self._work.run(call, timeout))
+        tasks = self._under_way.setdefault(uuid, set())
+        tasks.add(task)
+        try:
+            # Waiting, not awaiting: so a cancel of the inner task is told from one of ours.
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        finally:
+            tasks.discard(task)
+            if not tasks:
+                self._under_way.pop(uuid, None)
+        if task.cancelled():
+            raise HypervisorError(Failure.TIMEOUT, "the call was abandoned by a destroy")
+        return task.result()
+
+    async def _on_domain(
+        self, uuid: str, call: Callable[[libvirt.virDomain], _R], timeout: float
+    ) -> _R:
+        return await self._call(
+            uuid, lambda connection: call(connection.lookupByUUIDString(uuid)), timeout
+        )
+
+    # ---- reading
+
+    async def host(self, timeout: float) -> HostInfo:
+        return await self._read.run(self._host_info, timeout)
+
+    def _host_info(self, connection: libvirt.virConnect) -> HostInfo:
+        _, memory_mib, cpus, *_ = connection.getInfo()
+        memory_kib = memory_mib * 1024
+        if self._kind == "xen":
+            free = connection.getFreeMemory() // 1024
+            dom0 = 4096
+            with contextlib.suppress(libvirt.libvirtError):
+                limit = connection.lookupByID(0).maxMemory() // 1024
+                dom0 = limit if 0 < limit < memory_mib else dom0
+            kind = "xen"
+        else:
+            free, dom0, kind = None, 4096, self._flavour.hypervisor
+            if self._kind == "qemu":
+                # libvirt counts what was there at boot; memory may have been added since.
+                memory_kib = max(memory_kib, _memory_kib("MemTotal") or 0)
+                free = _memory_kib("MemAvailable")
+        return HostInfo(
+            kind=kind,
+            memory_kib=memory_kib,
+            cpus=cpus,
+            dom0_maxmem_mib=dom0,
+            has_iommu=_has_iommu(connection.getCapabilities()),
+            cpu_family_model=_family_model(),
+            free_kib=free,
+        )
+
+    async def inventory(self, timeout: float) -> tuple[Domain, ...]:
+        def call(connection: libvirt.virConnect) -> tuple[Domain, ...]:
+            found = []
+            for handle in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
+                domain = self._shown(handle)
+                if domain is not None:
+                    found.append(domain)
+            return tuple(found)
+
+        return await self._read.run(call, timeout)
+
+    async def describe(self, uuid: str, timeout: float) -> Domain | None:
+        def call(connection: libvirt.virConnect) -> Domain | None:
+            try:
+                return self._shown(connection.lookupByUUIDString(uuid))
+            except libvirt.libvirtError as error:
+                if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                    return None
+                raise
+
+        return await self._read.run(call, timeout)
+
+    def _shown(self, handle: libvirt.virDomain) -> Domain | None:
+        """The domain, None when it is not active or vanishes meanwhile."""
+        try:
+            state, maximum, memory, vcpus, cpu_time = handle.info()
+            xid = handle.ID()
+            if xid < 0 or (self._kind == "xen" and xid == 0):
+                return None
+            boot_id, epoch, started = _metadata(handle)
+            untrusted = ET.fromstring(handle.XMLDesc())
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                return None
+            raise
+        return Domain(
+            sighting=Sighting(
+                uuid=handle.UUIDString(),
+                boot_id=boot_id,
+                power=power_of(True, state),
+                xid=xid,
+                start_time=started,
+            ),
+            name=handle.name(),
+            epoch=epoch,
+            console=_console(untrusted),
+            memory_kib=memory,
+            memory_max_kib=maximum,
+            cpu_time_ns=cpu_time,
+            vcpus=vcpus,
+        )
+
+    # ---- power
+
+    async def create_paused(self, spec: DomainSpec, timeout: float) -> Domain:
+        text = render(spec, self._flavour, started=f"{time.time():.3f}")
+
+        def call(connection: libvirt.virConnect) -> Domain:
+            if self._kind == "test":
+                # That driver cannot start paused: its guests do nothing anyway.
+                handle = connection.createXML(text, 0)
+                handle.suspend()
+            else:
+                handle = connection.createXML(text, libvirt.VIR_DOMAIN_START_PAUSED)
+            domain = self._shown(handle)
+            if domain is None:
+                raise HypervisorError(Failure.FAILED, f"{spec.name} ended while it was created")
+            return domain
+
+        try:
+            return await self._call(spec.uuid, call, timeout)
+        except HypervisorError as error:
+            if error.failure in (Failure.WRONG_STATE, Failure.FAILED) and (
+                "already" in error.message or "exists" in error.message
+            ):
+                raise HypervisorError(Failure.EXISTS, error.message) from error
+            raise
+
+    async def resume(self, uuid: str, timeout: float) -> None:
+        def call(domain: libvirt.virDomain) -> None:
+            if _power(domain) != RUNNING:
+                domain.resume()
+
+        await self._on_domain(uuid, call, timeout)
+
+    async def pause(self, uuid: str, timeout: float) -> None:
+        def call(domain: libvirt.virDomain) -> None:
+            if _power(domain) == RUNNING:
+                domain.suspend()
+
+        await self._on_domain(uuid, call, timeout)
+
+    async def pm_suspend(self, uuid: str, timeout: float) -> None:
+        def call(domain: libvirt.virDomain) -> None:
+            if _power(domain) != PMSUSPENDED:
+                domain.pMSuspendForDuration(libvirt.VIR_NODE_SUSPEND_TARGET_MEM, 0)
+
+        await self._on_domain(uuid, call, timeout)
+
+    async def wake(self, uuid: str, timeout: float) -> None:
+        def call(domain: libvirt.virDomain) -> None:
+            if _power(domain) != RUNNING:
+                domain.pMWakeup()
+
+        await self._on_domain(uuid, call, timeout)
+
+    async def shutdown(self, uuid: str, timeout: float) -> None:
+        await self._on_domain(uuid, lambda domain: domain.shutdown(), timeout)
+
+    async def destroy(self, uuid: str, boot_id: str, timeout: float) -> bool:
+        for task in list(self._under_way.get(uuid, ())):
+            task.cancel()
+
+        def call(connection: libvirt.virConnect) -> bool:
+            try:
+                domain = connection.lookupByUUIDString(uuid)
+                found = _metadata(domain)[0]
+                if not found or (boot_id and found != boot_id):
+                    return False
+                domain.destroy()
+            except libvirt.libvirtError as error:
+                gone = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
+                if error.get_error_code() in gone:
+                    return False
+                raise
+            return True
+
+        return await self._destroy.run(call, timeout)
+
+    async def undefine(self, uuid: str, timeout: float) -> None:
+        def call(connection: libvirt.virConnect) -> None:
+            try:
+                domain = connection.lookupByUUIDString(uuid)
+                if domain.isPersistent():
+                    domain.undefine()
+            except libvirt.libvirtError as error:
+                if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                    raise
+
+        await self._call(uuid, call, timeout)
+
+    # ---- devices and memory
+
+    async def attach_interface(self, uuid: str, interface: InterfaceSpec, timeout: float) -> None:
+        text = interface_fragment(interface, self._flavour)
+
+        def call(domain: libvirt.virDomain) -> None:
+            if _interface(domain, interface.mac) is None:
+                domain.attachDeviceFlags(text, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+
+        await self._on_domain(uuid, call, timeout)
+
+    async def detach_interface(self, uuid: str, interface: InterfaceSpec, timeout: float) -> None:
+        def call(domain: libvirt.virDomain) -> None:
+            present = _interface(domain, interface.mac)
+            if present is not None:
+                _detach(domain, present)
+
+        await self._on_domain(uuid, call, timeout)
+
+    async def attach_disk(self, uuid: str, disk: DiskSpec, timeout: float) -> None:
+        text = disk_fragment(disk, self._flavour)
+
+        def call(domain: libvirt.virDomain) -> None:
+            present = _disk(domain, self._target(disk))
+            if present is None:
+                domain.attachDeviceFlags(text, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+                return
+            source = present.find("source")
+            path = "" if source is None else source.get("file") or source.get("dev") or ""
+            if path != disk.path:
+                raise HypervisorError(
+                    Failure.EXISTS, f"target {disk.target} of {domain.name()} is in use"
+                )
+
+        await self._on_domain(uuid, call, timeout)
+
+    async def detach_disk(self, uuid: str, disk: DiskSpec, timeout: float) -> None:
+        def call(domain: libvirt.virDomain) -> None:
+            present = _disk(domain, self._target(disk))
+            if present is None:
+                return
+            _detach(domain, present)
+            if _disk(domain, self._target(disk)) is not None:
+                raise HypervisorError(
+                    Failure.BUSY, f"{domain.name()} has not yet let go of {disk.target}"
+                )
+
+        await self._on_domain(uuid, call, timeout)
+
+    async def resize_disk(self, uuid: str, target: str, size: int, timeout: float) -> None:
+        device = target if self._flavour.hypervisor == "xen" else f"vd{target.removeprefix('xvd')}"
+
+        def call(domain: libvirt.virDomain) -> None:
+            if self._kind == "xen":
+                # libxl has no blockResize; blkback notices the new size of its device itself.
+                if _disk(domain, device) is None:
+                    raise HypervisorError(Failure.INVALID, f"there is no disk {target}")
+                return
+            domain.blockResize(device, size, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+
+        await self._on_domain(uuid, call, timeout)
+
+    async def set_memory(
+        self,
+        uuid: str,
+        memory_mib: int,
+        maxmem_mib: int,
+        timeout: float,  # noqa: ARG002
+    ) -> None:
+        def call(domain: libvirt.virDomain) -> None:
+            domain.setMemoryFlags(memory_mib * 1024, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+
+        await self._on_domain(uuid, call, timeout)
+
+    async def run_service(
+        self,
+        uuid: str,
+        service: str,
+        user: str,
+        data: bytes,
+        timeout: float,  # noqa: ARG002
+    ) -> tuple[int, bytes] | None:
+        return None
+
+    async def wait_agent(self, uuid: str, timeout: float) -> bool | None:  # noqa: ARG002
+        return None
+
+    def _target(self, disk: DiskSpec) -> str:
+        return disk.target if self._flavour.hypervisor == "xen" else qemu_target(disk)[0]
+
+
+# ---- what libvirt says, as values
+
+
+def _news(uuid: str, event: int, detail: int) -> Event:
+    if event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
+        # libvirt does not say which boot: the handlers look.
+        return Event(News.STOPPED, uuid, "", stop_reason_of(detail))
+    return Event(News.CHANGED, uuid)
+
+
+def _metadata(domain: libvirt.virDomain) -> tuple[str, int, float | None]:
+    try:
+        text = domain.metadata(
+            libvirt.VIR_DOMAIN_METADATA_ELEMENT, METADATA_NS, libvirt.VIR_DOMAIN_AFFECT_LIVE
+        )
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_METADATA:
+            return "", 0, None
+        raise
+    return read_metadata(text)
+
+
+def _power(domain: libvirt.virDomain) -> str:
+    return power_of(True, domain.state()[0])
+
+
+def _console(description: ET.Element) -> str:
+    """Where the guest's console is: a file, or a terminal's path; "" = none."""
+    for tag in ("serial", "console"):
+        element = description.find(f"devices/{tag}")
+        if element is None:
+            continue
+        source = element.find("source")
+        path = element.get("tty") or ("" if source is None else source.get("path") or "")
+        if path:
+            return path
+    return ""
+
+
+def _disk(domain: libvirt.virDomain, target: str) -> ET.Element | None:
+    for disk in ET.fromstring(domain.XMLDesc()).findall("devices/disk"):
+        element = disk.find("target")
+        if element is not None and element.get("dev") == target:
+            return disk
+    return None
+
+
+def _interface(domain: libvirt.virDomain, mac: str) -> ET.Element | None:
+    for interface in ET.fromstring(domain.XMLDesc()).findall("devices/interface"):
+        element = interface.find("mac")
+        if element is not None and (element.get("address") or "").lower() == mac.lower():
+            return interface
+    return None
+
+
+def _detach(domain: libvirt.virDomain, element: ET.Element) -> None:
+    """Ask the guest for the device; libvirt waits some seconds for its answer."""
+    try:
+        domain.detachDeviceFlags(
+            ET.tostring(element, encoding="unicode"), libvirt.VIR_DOMAIN_AFFECT_LIVE
+        )
+    except libvirt.libvirtError as error:
+        if error.get_error_code() != libvirt.VIR_ERR_DEVICE_MISSING:
+            raise
+
+
+def _flavour(kind: str, uri: str, untrusted_capabilities: str) -> Flavour:
+    if kind == "xen":
+        return Flavour("xen", qubes=QUBES_MARK.exists())
+    types = {
+        element.get("type")
+        for element in ET.fromstring(untrusted_capabilities).iterfind("guest/arch/domain")
+    }
+    hypervisor = "kvm" if kind == "qemu" and "kvm" in types else "qemu"
+    if kind == "test":
+        hypervisor = "test"
+    return Flavour(hypervisor, no_dac=uri.partition("?")[0].endswith("/system"))
+
+
+def _has_iommu(untrusted_capabilities: str) -> bool:
+    element = ET.fromstring(untrusted_capabilities).find("host/iommu")
+    return element is not None and element.get("support") == "yes"
+
+
+def _family_model() -> str:
+    """ "6/58", as the kernel says; "" when it does not."""
+    found: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            found.setdefault(name.strip(), value.strip())
+    except OSError:
+        return ""
+    if "cpu family" not in found or "model" not in found:
+        return ""
+    return f"{found['cpu family']}/{found['model']}"
+
+
+def _memory_kib(name: str) -> int | None:
+    """A line of this host's meminfo in KiB, None when it has none."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1])
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+__all__ = ["Connection", "LibvirtHypervisor"]

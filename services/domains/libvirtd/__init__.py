@@ -1,0 +1,1 @@
+"""A libvirtd of our own, where the machine runs none."""
