@@ -24,6 +24,7 @@ from services.registry.checkpointer import Checkpointer
 from services.registry.core.group import Accepted
 from services.registry.engine import Engine
 from services.registry.handlers import RegistryHandlers
+from services.registry.numbers import RecentNumbers
 from services.registry.replies import DurableReplies
 from services.registry.store import StoreError, open_store
 
@@ -59,7 +60,10 @@ async def build(context: ServiceContext) -> object:
     broken: asyncio.Future[None] = loop.create_future()
     checkpointers: list[Checkpointer] = []
 
+    dispids = RecentNumbers()
+
     def committed(pieces: Sequence[Accepted]) -> None:
+        dispids.changed(pieces)
         for checkpointer in checkpointers:
             checkpointer.changed(pieces)
 
@@ -93,6 +97,7 @@ async def build(context: ServiceContext) -> object:
         replies,
         registry_boot=boot,
         subscribers=lambda: publisher.subscribers,
+        recent_dispids=dispids,
         log=log,
     )
 

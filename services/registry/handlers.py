@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
@@ -57,6 +58,7 @@ class RegistryHandlers:
         *,
         registry_boot: str,
         subscribers: Callable[[], int],
+        recent_dispids: Container[int],
         log: logging.Logger,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -68,6 +70,7 @@ class RegistryHandlers:
         self._subscribers = subscribers
         self._log = log
         self._clock = clock
+        self._outside = works.Outside(_new_id, secrets.randbelow, recent_dispids)
         self._snapshots = Snapshots()
         self._dumps: dict[str, list[str]] = {}
         self._resolving = asyncio.Lock()
@@ -108,8 +111,7 @@ class RegistryHandlers:
             self._clock(),
             call.etag,
             call.validate_only,
-            _new_id,
-            call.request_id,
+            self._outside,
         )
 
         def reply(accepted: Accepted) -> registry_pb2.MutateReply:
@@ -146,10 +148,10 @@ class RegistryHandlers:
             codec.spec_from_proto(request.spec),
             call.source or ADMINVM_NAME,
             request.operation_id or _new_id(),
-            _new_id(),
             call.request_id,
             self._clock(),
             call.validate_only,
+            self._outside,
         )
 
         def reply(accepted: Accepted) -> registry_pb2.BeginReply:
@@ -200,6 +202,7 @@ class RegistryHandlers:
             _new_id(),
             self._clock(),
             call.caller,
+            self._outside,
         )
 
         def reply(accepted: Accepted) -> registry_pb2.EndReply:

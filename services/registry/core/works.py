@@ -8,13 +8,12 @@ messages, clocks or threads. Invariant: a plan reads the view and its own argume
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
-
-from bulkhead.model.plan.operations import plan_begin, plan_end
 
 from bulkhead.model.plan.base import Plan, PlanRefused
 from bulkhead.model.plan.mutation import plan_mutation, plan_preload
+from bulkhead.model.plan.operations import plan_begin, plan_end
 from bulkhead.model.records import (
     Change,
     Fact,
@@ -46,6 +45,47 @@ def told(plan: Plan) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Outside:
+    """What plans need from outside. new_id(): a new uuid as text; random(limit): from 0
+    below limit; recent_dispids: given up not long ago."""
+
+    new_id: Callable[[], str]
+    random: Callable[[int], int]
+    recent_dispids: Container[int] = ()
+
+
+def with_applies(
+    view: View, plan: Plan, *, revision: int, source: str, now: float, outside: Outside
+) -> tuple[tuple[Change, ...], tuple[Operation, ...]]:
+    """The plan's changes and those that begin its APPLY operations; the operations."""
+    if not plan.live:
+        return plan.changes, ()
+    changes = list(plan.changes)
+    applies: list[Operation] = []
+    # Begun as if the change had been made already.
+    undo = view.apply_all(plan.changes)
+    try:
+        for uuid in plan.live:
+            qube = view.by_uuid_any(uuid)
+            if qube is None:
+                continue
+            begun = plan_begin(
+                view,
+                ApplySpec(uuid, qube.run.boot_id, revision),
+                operation_id=outside.new_id(),
+                source=source,
+                now=now,
+            )
+            changes.extend(begun.changes)
+            undo = [*view.apply_all(begun.changes), *undo]
+            applies.append(begun.joined or begun.operation)
+    finally:
+        for change in undo:
+            view.apply(change)
+    return tuple(changes), tuple(applies)
+
+
+@dataclass(frozen=True, slots=True)
 class MutationAnswer:
     """result as the plan gives it; applies: the APPLY operations begun with it."""
 
@@ -55,15 +95,14 @@ class MutationAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Mutation:
-    """One command of an Admin API source. etag: 0 = none. new_id: makes ids of operations."""
+    """One command of an Admin API source. etag: 0 = none."""
 
     command: Command
     source: str
     now: float
     etag: int
     dry: bool
-    new_id: Callable[[], str]
-    request_id: bytes = b""
+    outside: Outside
 
     def plan(self, view: View, now: Numbers) -> Planned:
         try:
@@ -75,7 +114,14 @@ class Mutation:
             raise
         if self.dry:
             return Planned(answer=MutationAnswer(plan.result), silent=True)
-        changes, applies = self._with_applies(view, plan, now.revision + 1)
+        changes, applies = with_applies(
+            view,
+            plan,
+            revision=now.revision + 1,
+            source=self.source,
+            now=self.now,
+            outside=self.outside,
+        )
         return Planned(
             changes,
             plan.events,
@@ -96,38 +142,6 @@ class Mutation:
                 etag=str(self.etag),
                 revision=str(present),
             )
-
-    def _with_applies(
-        self, view: View, plan: Plan, revision: int
-    ) -> tuple[tuple[Change, ...], tuple[Operation, ...]]:
-        """The plan's changes and those that begin its APPLY operations."""
-        if not plan.live:
-            return plan.changes, ()
-        changes = list(plan.changes)
-        applies: list[Operation] = []
-        # Begun as if the change had been made already.
-        undo = view.apply_all(plan.changes)
-        try:
-            for uuid in plan.live:
-                qube = view.by_uuid_any(uuid)
-                if qube is None:
-                    continue
-                begun = plan_begin(
-                    view,
-                    ApplySpec(uuid, qube.run.boot_id, revision),
-                    self.source,
-                    operation_id=self.new_id(),
-                    boot_id="",
-                    request_id=self.request_id,
-                    now=self.now,
-                )
-                changes.extend(begun.changes)
-                undo = [*view.apply_all(begun.changes), *undo]
-                applies.append(begun.joined or begun.operation)
-        finally:
-            for change in undo:
-                view.apply(change)
-        return tuple(changes), tuple(applies)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,17 +168,17 @@ class BeginAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """Lock and begin. boot_id: for a START, new."""
+    """Lock and begin."""
 
     spec: OperationSpec
     source: str
     operation_id: str
-    boot_id: str
     request_id: bytes
     now: float
     dry: bool
+    outside: Outside
 
-    def plan(self, view: View, _now: Numbers) -> Planned:
+    def plan(self, view: View, now: Numbers) -> Planned:
         known = view.operations.get(self.operation_id)
         if known is not None:
             # The same Begin under another request id, after a restart of the caller.
@@ -173,18 +187,29 @@ class Begin:
             plan = plan_begin(
                 view,
                 self.spec,
-                self.source,
                 operation_id=self.operation_id,
-                boot_id=self.boot_id,
-                request_id=self.request_id,
+                source=self.source,
                 now=self.now,
+                boot_id=self.outside.new_id(),
+                new_uuid=self.outside.new_id(),
+                random=self.outside.random,
+                recent_dispids=self.outside.recent_dispids,
+                request_id=self.request_id,
             )
         except PlanRefused as refusal:
             if self.dry:
                 raise Refusal(refusal.reason, refusal.message, **refusal.metadata) from refusal
             raise
+        changes, _ = with_applies(
+            view,
+            plan,
+            revision=now.revision + 1,
+            source=self.source,
+            now=self.now,
+            outside=self.outside,
+        )
         return Planned(
-            plan.changes,
+            changes,
             plan.events,
             answer=BeginAnswer(plan.joined or plan.operation, plan.joined is not None),
             result=told(plan),
@@ -247,6 +272,7 @@ class End:
     follow_up_id: str
     now: float
     caller: str
+    outside: Outside
 
     def plan(self, view: View, now: Numbers) -> Planned:
         operations.check_epoch(self.epoch, now.epoch)
@@ -266,16 +292,26 @@ class End:
             view,
             replace(operation, epoch=self.epoch),
             self.outcome,
+            now=self.now,
             error=self.error,
             result=self.result,
             events=self.events,
             follow_up=self.follow_up,
             follow_up_id=self.follow_up_id,
+            random=self.outside.random,
+            recent_dispids=self.outside.recent_dispids,
+        )
+        changes, _ = with_applies(
+            view,
+            plan,
+            revision=now.revision + 1,
+            source=operation.source,
             now=self.now,
+            outside=self.outside,
         )
         drop = tuple(OperationRemoved(op_id) for op_id in operations.expired(view, self.now))
         return Planned(
-            (*plan.changes, *drop),
+            (*changes, *drop),
             plan.events,
             answer=EndAnswer(plan.operation, plan.follow_up),
             result=told(plan),
