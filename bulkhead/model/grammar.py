@@ -291,6 +291,7 @@ def check_interfaces(untrusted_text: str) -> tuple[str, ...]:
         raise Refusal(
             "INVALID_VALUE",
             "Device interfaces must be a multiple of 7 characters long",
+            property="devices_denied",
             value=_shown(untrusted_text),
         )
     codes = tuple(untrusted_text[at : at + 7] for at in range(0, len(untrusted_text), 7))

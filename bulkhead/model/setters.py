@@ -117,10 +117,8 @@ def check_reset(view: View, qube: Holder, row: PropertyRow) -> None:
             property=row.name,
             qube=_name(qube),
         )
-    if qube is None:
-        if row.name == "default_netvm":
-            return
-        return
+    if qube is None or not row.settable:
+        return  # a computed property is at its default already
     if row.name in ("provides_network", "template_for_dispvms"):
         _GUARDS[row.name](view, qube, "False")
     elif row.name == "maxmem":
