@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bulkhead.config import Settings, SettingsError
+from bulkhead.reflink import can_share_blocks
 from clients.cli.instance import accounts as account_table
 from clients.cli.instance import layout
 from clients.cli.instance.hypervisor import HypervisorError, choose
@@ -160,6 +161,7 @@ def cmd_init(args: argparse.Namespace) -> int:
     argv = [sys.executable, "-m", "services.registry.initialise", "--root", str(settings.root)]
     if pool_dir is not None:
         argv += ["--pool-dir", str(pool_dir)]
+    argv += ["--reflink", "yes" if can_share_blocks(pool_dir or settings.state_dir) else "no"]
     done = subprocess.run(
         argv,
         capture_output=True,

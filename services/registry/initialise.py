@@ -8,8 +8,6 @@ store, so that the call can be repeated, or a whole one.
 from __future__ import annotations
 
 import argparse
-import fcntl
-import os
 import sys
 import uuid
 from collections.abc import Sequence
@@ -20,6 +18,7 @@ from bulkhead.failpoints import hit
 from bulkhead.model import xmlstore
 from bulkhead.model.defaults import new_store
 from bulkhead.model.view import View
+from bulkhead.reflink import can_share_blocks
 from services.registry import failpoint_table as _rows  # noqa: F401  (declares the names)
 from services.registry.adapters.checkpoint import StoreFile
 from services.registry.adapters.journal import Journal, NewStore, sha256
@@ -27,7 +26,6 @@ from services.registry.adapters.statelock import AlreadyLocked, StateLock
 
 # Folders below the state directory: of storage, of firewall, of the registry itself.
 FOLDERS = ("appvms", "vm-templates", "vm-kernels", "firewall", "notes")
-_FICLONE = 0x40049409
 _EXIT_REFUSED = 78
 
 
@@ -35,31 +33,11 @@ class StoreExists(RuntimeError):
     """There is a store already; the message says where."""
 
 
-def can_share_blocks(directory: Path) -> bool:
-    """True when the file system clones files by reference (reflink)."""
-    flags = os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC
-    try:
-        source = os.open(directory, flags, 0o600)
-    except OSError:
-        return False
-    try:
-        target = os.open(directory, flags, 0o600)
-        try:
-            os.write(source, b"\0" * 4096)
-            fcntl.ioctl(target, _FICLONE, source)
-        except OSError:
-            return False
-        finally:
-            os.close(target)
-    finally:
-        os.close(source)
-    return True
-
-
-def initialise(state_dir: Path, pool_dir: Path) -> str:
+def initialise(state_dir: Path, pool_dir: Path, *, reflink: bool) -> str:
     """Make the store of a new installation; returns its id.
 
-    pool_dir: folder of the first pool. StoreExists, AlreadyLocked, OSError.
+    pool_dir: folder of the first pool; reflink: its files can be cloned by reference.
+    StoreExists, AlreadyLocked, OSError.
     """
     hit("registry.init.before_folders")
     state_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -80,7 +58,7 @@ def initialise(state_dir: Path, pool_dir: Path) -> str:
         hit("registry.init.before_store")
         pool_dir.mkdir(mode=0o710, parents=True, exist_ok=True)
         view = View()
-        view.apply_all(new_store(str(pool_dir), can_share_blocks(pool_dir)))
+        view.apply_all(new_store(str(pool_dir), reflink))
         store_id = str(uuid.uuid4())
         document = xmlstore.document_of(view, store_id, 0)
         file.replace(document, sha256(document), "")
@@ -101,11 +79,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=Path,
         help="folder of the first pool; by default the state directory, as in Qubes",
     )
+    parser.add_argument(
+        "--reflink",
+        choices=("yes", "no", "probe"),
+        default="probe",
+        help="whether the pool's file system clones files; the registry's own user may not be "
+        "able to probe a folder that is storage's",
+    )
     parsed = parser.parse_args(arguments)
     state_dir: Path = parsed.root.absolute() / "var/lib/qubes"
     pool_dir: Path = (parsed.pool_dir or state_dir).absolute()
     try:
-        store_id = initialise(state_dir, pool_dir)
+        reflink = (
+            can_share_blocks(pool_dir) if parsed.reflink == "probe" else parsed.reflink == "yes"
+        )
+        store_id = initialise(state_dir, pool_dir, reflink=reflink)
     except (StoreExists, AlreadyLocked, OSError) as error:
         print(f"initialise: {error}", file=sys.stderr)
         sys.exit(_EXIT_REFUSED)
