@@ -1,0 +1,1 @@
+"""What only root may do: a fixed table of verbs with typed arguments."""

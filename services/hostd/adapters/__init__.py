@@ -1,0 +1,1 @@
+"""One outside thing each: iproute2, sysfs, links, worker processes."""
