@@ -994,6 +994,7 @@ class DirectoryDriver(Driver):
     def quarantine(self, found: Found) -> str:
         present = self._scan(parse_vid(found.vid))
         if not present.everything:
+            self._remove_home(present.directory)
             return f"{found.vid}: nothing is there any more"
         owner = self._owner_of(present)
         if owner != found.owner:
