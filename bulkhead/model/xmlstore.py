@@ -541,6 +541,36 @@ def _migrate_texts(klass: str, texts: dict[str, str]) -> None:
         texts.setdefault("template_for_dispvms", old)
 
 
+_BUS_ADDRESS = re.compile(r"([0-9a-f]{2})_([0-9a-f]{2}\.[0-7])\Z")
+
+
+def resolved_pci_ports(view: View) -> list[Change]:
+    """Assignments of older files that name a PCI device by its bus address, by path now.
+
+    Needs the devices that dom0 reports, so it is no part of parse(); call it when they
+    are known. What no device answers to stays as it is.
+    """
+    paths = {
+        fact.data["sbdf"]: fact.port
+        for fact in view.devices_of(ADMINVM_UUID)
+        if fact.devclass == "pci" and "sbdf" in fact.data
+    }
+    ports = set(paths.values())
+    changes: list[Change] = []
+    for qube in list(view.backend_users(ADMINVM_NAME)):
+        devices = []
+        for device in qube.devices:
+            found = _BUS_ADDRESS.match(device.port) if device.devclass == "pci" else None
+            # A device of the first bus has the same text for both; one that is there wins.
+            if found and device.backend == ADMINVM_NAME and device.port not in ports:
+                path = paths.get(f"0000:{found.group(1)}:{found.group(2)}")
+                device = replace(device, port=path) if path is not None else device
+            devices.append(device)
+        if tuple(devices) != qube.devices:
+            changes.append(QubePut(replace(qube, devices=tuple(devices))))
+    return changes
+
+
 # ---- elements to values; these need no view
 
 

@@ -34,6 +34,7 @@ from bulkhead.model.xmlstore import (
     mended,
     parse,
     problems_of,
+    resolved_pci_ports,
 )
 from tests.unit.model_world import World, networked_world
 
@@ -321,6 +322,22 @@ def test_wrong_disposable_templates_become_none() -> None:
     assert parsed.view().properties["default_dispvm"] == ""
     assert only(parsed, "sys-net").properties["management_dispvm"] == ""
     assert len(parsed.warnings) == 2
+
+
+def test_pci_bus_addresses_become_paths() -> None:
+    world = networked_world()
+    names = ("03_00.0", "00_1f.2", "04_00.0")
+    assigned = tuple(Assignment("pci", "dom0", name) for name in names)
+    world.change("work", devices=(*assigned, Assignment("block", "dom0", "03_00.0")))
+    assert resolved_pci_ports(world.view) == []
+    world.device("dom0", "00_1c.0-00_00.0", data={"sbdf": "0000:03:00.0"})
+    world.device("dom0", "00_1f.2", data={"sbdf": "0000:00:1f.2"})
+    for change in resolved_pci_ports(world.view):
+        world.put(change)
+    assert [device.port for device in world.get("work").devices] == [
+        "00_1c.0-00_00.0", "00_1f.2", "04_00.0", "03_00.0",
+    ]  # fmt: skip
+    assert resolved_pci_ports(world.view) == []
 
 
 def test_missing_uuid_and_volumes_are_made_up_the_same_each_time() -> None:
