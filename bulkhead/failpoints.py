@@ -65,6 +65,11 @@ _TRACE = os.environ.get("BULKHEAD_FAILPOINTS_TRACE", "")
 _ACTIVE = bool(_ARMED or _FILE or _TRACE)
 
 
+def directories() -> tuple[Path, ...]:
+    """Directories that an armed process must be able to write; none outside of tests."""
+    return tuple({Path(name).parent for name in (_FILE, _TRACE) if name})
+
+
 def hit(name: str) -> None:
     """Pass the failpoint: does nothing unless it is armed. KeyError when undeclared."""
     if not _ACTIVE:

@@ -20,6 +20,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bulkhead import failpoints
+
 _log = logging.getLogger("bulkhead.confine")
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -69,8 +71,8 @@ class Confinement:
     landlock: bool = True
 
     def with_socket_directory(self, directory: Path) -> Confinement:
-        """The same, allowed to bind in its own socket directory."""
-        return replace(self, write=(*self.write, directory))
+        """The same, allowed to bind in its own socket directory and to note failpoints."""
+        return replace(self, write=(*self.write, directory, *failpoints.directories()))
 
 
 def confine(

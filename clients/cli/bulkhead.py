@@ -157,6 +157,8 @@ def cmd_init(args: argparse.Namespace) -> int:
     pool_dir = _absolute(args.pool_dir) if args.pool_dir else None
     accounts = account_table.ensure_accounts() if os.getuid() == 0 else {}
     layout.ensure(settings, accounts, pool_dir)
+    if accounts:
+        _refuse_closed(pool_dir or settings.state_dir)
     registry = accounts.get("registry")
     argv = [sys.executable, "-m", "services.registry.initialise", "--root", str(settings.root)]
     if pool_dir is not None:
@@ -180,6 +182,16 @@ def cmd_init(args: argparse.Namespace) -> int:
         f"{pool_dir or settings.state_dir}"
     )
     return 0
+
+
+def _refuse_closed(directory: Path) -> None:
+    """Services have users of their own: each folder on the way must let them through."""
+    for parent in directory.parents:
+        if not parent.stat().st_mode & 0o001:
+            raise CommandError(
+                f"{parent} is closed to other users, and {directory} is below it: choose another "
+                f"place, or open it with: chmod o+x {parent}"
+            )
 
 
 def _pool_dir(settings: Settings) -> Path | None:

@@ -117,7 +117,7 @@ class DispvmHandlers:
     async def request_preload(
         self,
         request: dispvm_pb2.RequestPreloadRequest,
-        call: Call,  # noqa: ARG002 - bus signature
+        call: Call,
     ) -> dispvm_pb2.RequestPreloadReply:
         """Fill the template's preload queue up to its maximum."""
         disposable_template(self.replica.view, request.template)

@@ -68,6 +68,8 @@ def mounted(kind: str, size_mib: int = 1024) -> Iterator[Path]:
     """The mount point of a new, empty file system "xfs", "btrfs", "ext4" or "tmpfs"."""
     clear_leftovers()
     directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
+    # Services under users of their own reach the mount through it.
+    directory.chmod(0o755)
     try:
         place = directory / "mnt"
         place.mkdir()
