@@ -10,6 +10,7 @@ Called under the state lock, in one thread.
 
 from __future__ import annotations
 
+import gc
 import time
 import uuid
 import zlib
@@ -99,7 +100,16 @@ def open_store(state_dir: Path, now: float | None = None) -> Store:
 
     now: epoch seconds, for names of files kept beside.
     """
-    return _Opening(state_dir, time.time() if now is None else now).run()
+    # Hundreds of thousands of objects come to stay: looking for garbage among them again
+    # and again would take a third of the time.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return _Opening(state_dir, time.time() if now is None else now).run()
+    finally:
+        gc.freeze()
+        if collecting:
+            gc.enable()
 
 
 def qube_folders(state_dir: Path) -> dict[str, Path]:
