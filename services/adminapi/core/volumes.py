@@ -60,7 +60,9 @@ def source_of(view: View, volume: Volume) -> Volume | None:
 
 
 def info(pool: Pool | None, volume: Volume, live: Live | None) -> str:
-    """The reply of volume.Info."""
+    """The reply of volume.Info; a kernel has no size of its own there."""
+    if live is not None and pool is not None and pool.driver == "linux-kernel":
+        live = replace(live, size=0, usage=0)
     size = live.size if live is not None and live.size else volume.size
     lines: list[tuple[str, object]] = [
         ("pool", volume.pool),
