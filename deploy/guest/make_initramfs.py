@@ -53,9 +53,15 @@ if [ -b /dev/vda ] && mount -t ext4 -o ro /dev/vda /root 2>/dev/null; then
   exec switch_root /root /sbin/init
 fi
 echo "BULKHEAD initramfs"
-echo "BULKHEAD ready"
-[ -n "$once" ] && poweroff -f
+[ -n "$once" ] && echo "BULKHEAD ready" && poweroff -f
 acpid -f -d -c /etc/acpi >/dev/null 2>&1 &
+# A press of the power button before this moment would be lost.
+n=0
+until ls -l "/proc/$!/fd" 2>/dev/null | grep -q event || [ "$n" -gt 100 ]; do
+  usleep 20000
+  n=$((n + 1))
+done
+echo "BULKHEAD ready"
 said=""
 while :; do
   now=""

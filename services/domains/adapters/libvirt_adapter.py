@@ -397,25 +397,20 @@ class LibvirtHypervisor:
         self,
         uuid: str,
         memory_mib: int,
-        maxmem_mib: int,
-        timeout: float,  # noqa: ARG002
+        maxmem_mib: int,  # noqa: ARG002
+        timeout: float,
     ) -> None:
         def call(domain: libvirt.virDomain) -> None:
             domain.setMemoryFlags(memory_mib * 1024, libvirt.VIR_DOMAIN_AFFECT_LIVE)
 
         await self._on_domain(uuid, call, timeout)
 
-    async def run_service(
-        self,
-        uuid: str,
-        service: str,
-        user: str,
-        data: bytes,
-        timeout: float,  # noqa: ARG002
-    ) -> tuple[int, bytes] | None:
+    async def run_service(self, *_: object) -> tuple[int, bytes] | None:
+        """libvirt reaches no service in a guest."""
         return None
 
-    async def wait_agent(self, uuid: str, timeout: float) -> bool | None:  # noqa: ARG002
+    async def wait_agent(self, *_: object) -> bool | None:
+        """libvirt knows of no agent."""
         return None
 
     def _target(self, disk: DiskSpec) -> str:
