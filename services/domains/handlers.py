@@ -60,10 +60,14 @@ _REASON_OF: dict[Failure, str] = {
     Failure.UNSUPPORTED: "HYPERVISOR_UNSUPPORTED",
     Failure.UNAVAILABLE: "HYPERVISOR_UNAVAILABLE",
     Failure.TIMEOUT: "HYPERVISOR_TIMEOUT",
+    Failure.ABANDONED: "BOOT_ABANDONED",
     Failure.BUSY: "DOMAIN_BUSY",
     Failure.NO_MEMORY: "NOT_ENOUGH_MEMORY",
     Failure.FAILED: "HYPERVISOR_REFUSED",
 }
+
+# What exists cannot be asked, or asking is pointless.
+_UNDECIDED = frozenset({Failure.TIMEOUT, Failure.ABANDONED, Failure.UNAVAILABLE, Failure.INVALID})
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -440,7 +444,7 @@ class DomainsHandlers:
         try:
             domain = await self._hypervisor.create_paused(spec, timeout)
         except HypervisorError as error:
-            if error.failure in (Failure.TIMEOUT, Failure.UNAVAILABLE, Failure.INVALID):
+            if error.failure in _UNDECIDED:
                 raise
             # It may have had its effect: what exists now decides.
             found = await self._refresh(spec.uuid, DESCRIBE_S)

@@ -26,6 +26,7 @@ class Failure(enum.Enum):
     UNSUPPORTED = "unsupported"
     UNAVAILABLE = "unavailable"
     TIMEOUT = "timeout"
+    ABANDONED = "abandoned"  # a destroy of the same uuid came first
     BUSY = "busy"
     NO_MEMORY = "no-memory"
     FAILED = "failed"

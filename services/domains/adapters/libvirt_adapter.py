@@ -149,7 +149,7 @@ class LibvirtHypervisor:
             if not tasks:
                 self._under_way.pop(uuid, None)
         if task.cancelled():
-            raise HypervisorError(Failure.TIMEOUT, "the call was abandoned by a destroy")
+            raise HypervisorError(Failure.ABANDONED, "the call was cut short by a destroy")
         return task.result()
 
     async def _on_domain(

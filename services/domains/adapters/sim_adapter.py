@@ -211,7 +211,7 @@ class SimHypervisor:
             if not tasks:
                 self._under_way.pop(uuid, None)
         if task.cancelled():
-            raise HypervisorError(Failure.TIMEOUT, f"{call} was abandoned by a destroy")
+            raise HypervisorError(Failure.ABANDONED, f"{call} was cut short by a destroy")
         return task.result()
 
     async def host(self, timeout: float) -> HostInfo:
