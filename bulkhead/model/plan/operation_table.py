@@ -6,8 +6,8 @@ change (plan.operations). Invariant: every kind of specs.KINDS has one row; the 
 a step are those that become true by it, and go out when the next step begins or the
 operation ends.
 
-The events of begin and end are in the columns `begin` and `end` as text; the plans make
-them, and a test compares both.
+The events of begin and end are in the columns `begin` and `end` as text for the reader;
+the plans make them.
 """
 
 from __future__ import annotations

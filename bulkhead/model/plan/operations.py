@@ -291,7 +291,8 @@ def plan_end(
     events: those of the last step, sent before what the end makes. follow_up: begun in
     the same transaction, where its guards allow it; some ends have one of their own
     (a disposable that stopped is removed, a start that failed after its pivot is killed).
-    An operation that has ended already gives that end again, with no change.
+    Running qubes that the end has changed get an APPLY each. An operation that has ended
+    already gives that end again, with no change.
     """
     current = view.operations.get(operation.id)
     if current is None:
@@ -305,6 +306,7 @@ def plan_end(
             operation=operation.id,
             state=outcome.value,
         )
+    current = replace(current, epoch=max(current.epoch, operation.epoch))
     draft = Draft(view, source=current.source, now=now)
     draft.emit(*events)
     ended, spec = _end(draft, current, outcome, error, result)
@@ -316,6 +318,7 @@ def plan_end(
         )
         begun = _begin_follow_up(draft, spec, fresh)
     promoted = _promote(draft, ended.subjects, random, recent_dispids)
+    _begin_applies(draft, ended)
     draft.audit.update(_told(ended))
     plan = draft.plan()
     return EndPlan(
@@ -325,7 +328,6 @@ def plan_end(
         changes=plan.changes,
         events=plan.events,
         result=dict(ended.result),
-        live=plan.live,
         audit=plan.audit,
     )
 
@@ -398,6 +400,19 @@ def _begin_follow_up(draft: Draft, spec: OperationSpec, fresh: Fresh) -> Operati
         if not any(event.name.endswith("-failed") for event in draft.events[mark:]):
             del draft.events[mark:]
         return None
+
+
+def _begin_applies(draft: Draft, ended: Operation) -> None:
+    """Bring running qubes up to what the end has changed: clients of a new netvm, say."""
+    for subject in draft.live_uuids:
+        qube = draft.find(subject)
+        if qube is not None and qube.run.phase is not Phase.HALTED:
+            name = f"bulkhead/apply/{ended.id}/{subject}"
+            fresh = Fresh(str(uuid.uuid5(uuid.NAMESPACE_OID, name)))
+            try:
+                _begin(draft, ApplySpec(subject, qube.run.boot_id), fresh)
+            except Refusal:
+                continue  # so many operations wait for it that its next one will do
 
 
 def _promote(
