@@ -39,7 +39,8 @@ RETRY_S = 0.5
 # A change of a pool's usage below this part of its size waits for the next full report.
 USAGE_STEP = 0.01
 CALL_S = 5.0
-_SAME_START_S = 0.5
+# Two readings of one process's start differ by less. A wrong guess only repeats a report.
+_SAME_START_S = 0.05
 
 
 class RegistryLink(Protocol):
@@ -62,7 +63,7 @@ class BusRegistryLink:
         self._registry = RegistryClient(channel)
         self._control = ControlClient(channel)
         self._pid = 0
-        self._uptime = 0.0
+        self._started = 0.0
         self._runs = 0
 
     async def facts(self, put: Sequence[Fact], removed: Sequence[str], complete: bool) -> None:
@@ -77,11 +78,12 @@ class BusRegistryLink:
         )
 
     async def instance(self) -> int:
-        """Told apart by process id, or an uptime that went back."""
+        """Told apart by process id and by when it started."""
         health = await self._control.health(control_pb2.HealthRequest(), timeout=2.0)
-        if health.pid != self._pid or health.uptime_s + _SAME_START_S < self._uptime:
+        started = asyncio.get_running_loop().time() - health.uptime_s
+        if health.pid != self._pid or abs(started - self._started) > _SAME_START_S:
             self._runs += 1
-        self._pid, self._uptime = health.pid, health.uptime_s
+        self._pid, self._started = health.pid, started
         return self._runs
 
     async def epoch(self) -> int:

@@ -368,6 +368,7 @@ def test_start_needs_a_commit(pool: Pool1) -> None:
 def test_missing_commit_keeps_the_ready_copy(pool: Pool1) -> None:
     volume = origin()
     pool.driver.ensure(OWNER, volume)
+    pool.cycle(volume, A)
     pool.file(volume, Role.CLEAN).rename(pool.root / "kept")
     before = pool.listing()
     with refusal("VOLUME_NOT_FOUND"):
@@ -848,6 +849,7 @@ def test_stale_ready_copy_is_never_used(pool: Pool1) -> None:
     if not pool.driver.info().reflink:
         volume = origin()
         pool.driver.ensure(OWNER, volume)
+        pool.cycle(volume, A)
         assert not pool.file(volume, Role.PRECACHE).exists()
         return
     for spoil in ("time", "size", "content"):
@@ -877,6 +879,7 @@ def test_start_copies_nothing(pool: Pool1) -> None:
         assert base.stat().st_ino == clean.stat().st_ino
         assert disk.path.stat().st_blocks * 512 < MIB
         return
+    pool.cycle(volume, A)
     for boot in (BOOT1, BOOT2):
         precache = pool.file(volume, Role.PRECACHE)
         inode = precache.stat().st_ino

@@ -158,7 +158,10 @@ class DirectoryDriver(Driver):
 
     @abstractmethod
     def _prepare_next_start(self, owner: str, present: Present, volume: Volume) -> None:
-        """After a change of the current state: whatever makes the next start fast."""
+        """After a change of the current state: whatever makes the next start fast.
+
+        Not for a new volume: it may never be started, and its first start is one clone.
+        """
 
     # ---- the pool
 
@@ -310,7 +313,7 @@ class DirectoryDriver(Driver):
 
     def _make_home(self, present: Present) -> None:
         if not present.directory.is_dir():
-            files.make_directory(present.directory)
+            files.make_directory(present.directory, settle=False)
             failpoints.hit("storage.ensure.after_directory")
 
     def _origin(self, volume: Volume, what: str) -> None:
@@ -370,7 +373,6 @@ class DirectoryDriver(Driver):
                     os.ftruncate(file.fd, volume.size)
                     self._finish_clean(file, owner, "")
                     file.publish("storage.ensure")
-            self._prepare_next_start(owner, self._scan(present.vid), volume)
 
     def clone(
         self, owner: str, volume: Volume, source: Committed, key: str, cancel: Cancel
@@ -385,7 +387,6 @@ class DirectoryDriver(Driver):
                     files.copy(source.fd, file.fd, source.size, cancel)
                     self._finish_clean(file, owner, key)
                     file.publish("storage.clone")
-            self._prepare_next_start(owner, self._scan(present.vid), volume)
 
     def _set_untagged_aside(self, present: Present) -> None:
         """A new volume finds files that nobody claims: keep them, out of the way."""

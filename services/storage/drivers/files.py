@@ -111,8 +111,10 @@ def share_with_guests(fd: int, mode: int) -> None:
     os.fchmod(fd, mode & ~0o077 if not stat.S_ISDIR(os.fstat(fd).st_mode) else mode)
 
 
-def make_directory(path: Path) -> bool:
+def make_directory(path: Path, settle: bool = True) -> bool:
     """A durable directory of mode 0710 for the disk group; False when it was there.
+
+    settle False: the caller fsyncs the directory itself, after it put something in it.
 
     FileNotFoundError when its parent is missing, NotADirectoryError on anything else
     of that name.
@@ -126,7 +128,8 @@ def make_directory(path: Path) -> bool:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         share_with_guests(fd, 0o710)
-        os.fsync(fd)
+        if settle:
+            os.fsync(fd)
     finally:
         os.close(fd)
     fsync_directory(path.parent)
