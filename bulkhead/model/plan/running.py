@@ -167,6 +167,9 @@ def end_start(draft: Draft, operation: Operation, outcome: OperationState, reaso
     if outcome is OperationState.SUCCEEDED:
         if mine and qube.run.phase is Phase.STARTING:
             qube = _phase(draft, qube, Phase.UP)
+        else:
+            # A kill came between; where that has failed by now, nobody else ends it.
+            _back_to_up(draft, qube, operation)
         draft.emit(events.domain_start(qube, START_GUID))
         if mine and provides_network(qube):
             _connect_clients(draft, qube)
