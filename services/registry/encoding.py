@@ -7,7 +7,7 @@ Invariant: decoding gives exactly the values that were encoded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from google.protobuf.message import DecodeError
 
@@ -15,8 +15,6 @@ from bulkhead import codec
 from bulkhead.api import records_pb2
 from bulkhead.model.records import (
     Change,
-    FactPut,
-    FactRemoved,
     Operation,
     OperationPut,
     OperationRemoved,
@@ -27,8 +25,7 @@ from bulkhead.model.records import (
 )
 from bulkhead.model.refusal import Refusal
 from services.registry.core.group import Accepted
-from services.registry.core.replay import Aside, aside_of
-from services.registry.core.visibility import Done
+from services.registry.core.replay import Aside
 
 ASIDE = "aside"
 NOTES = "notes"
@@ -41,14 +38,20 @@ class EncodingError(ValueError):
     """Stored bytes are no message of their kind."""
 
 
-def encode_delta(changes: Iterable[Change]) -> bytes:
+def encode_changes(changes: Iterable[Change]) -> list[records_pb2.Change]:
+    """The changes as messages, in order; made once for the journal and the stream."""
+    return [codec.change_to_proto(change) for change in changes]
+
+
+_NO_DELTA = frozenset({"operation", "operation_removed", "fact", "fact_removed"})
+
+
+def encode_delta(messages: Iterable[records_pb2.Change]) -> bytes:
     """The changes that replay needs; operations and facts are kept elsewhere or not at
     all."""
-    entry = records_pb2.StreamEntry()
-    for change in changes:
-        if not isinstance(change, OperationPut | OperationRemoved | FactPut | FactRemoved):
-            entry.changes.append(codec.change_to_proto(change))
-    return entry.SerializeToString()
+    return records_pb2.StreamEntry(
+        changes=[m for m in messages if m.WhichOneof("what") not in _NO_DELTA]
+    ).SerializeToString()
 
 
 def decode_delta(body: bytes) -> list[Change]:
@@ -65,7 +68,7 @@ def encode_aside(aside: Aside) -> bytes:
     qube = Qube(
         "", "", 0, "", run=aside.run, rules_digest=aside.rules_digest, revision=aside.revision
     )
-    return codec.qube_to_proto(qube).SerializeToString()
+    return _aside_bytes(codec.qube_to_proto(qube))
 
 
 def decode_asides(asides: dict[str, bytes], notes: dict[str, bytes]) -> dict[str, Aside]:
@@ -100,27 +103,28 @@ def decode_operations(bodies: Iterable[bytes]) -> list[Operation]:
         raise EncodingError(f"a stored operation cannot be decoded: {error}") from error
 
 
-def side_tables(accepted: Accepted) -> tuple[list[Entry], list[Entry], list[Blob]]:
-    """(operation rows, hidden rows, blobs) that an accepted mutation writes."""
+def side_tables(
+    accepted: Accepted, messages: Sequence[records_pb2.Change]
+) -> tuple[list[Entry], list[Entry], list[Blob]]:
+    """(operation rows, hidden rows, blobs) that an accepted mutation writes. messages:
+    its changes, encoded."""
     operations: list[Entry] = []
     hidden: list[Entry] = []
     blobs: list[Blob] = []
     revision = accepted.revision
-    for change, inverse in accepted.done:
+    for (change, inverse), message in zip(accepted.done, messages, strict=True):
         match change:
             case OperationPut(operation):
-                body = codec.operation_to_proto(operation).SerializeToString()
-                operations.append((operation.id, revision, body))
+                operations.append((operation.id, revision, message.operation.SerializeToString()))
             case OperationRemoved(op_id):
                 operations.append((op_id, revision, None))
             case QubePut(qube):
                 before = inverse.qube if isinstance(inverse, QubePut) else None
                 if qube.state is not RecordState.ACTIVE:
-                    body = codec.qube_to_proto(qube).SerializeToString()
-                    hidden.append((qube.uuid, revision, body))
+                    hidden.append((qube.uuid, revision, message.qube.SerializeToString()))
                 elif before is not None and before.hidden:
                     hidden.append((qube.uuid, revision, None))
-                blobs.append((ASIDE, qube.uuid, encode_aside(aside_of(qube))))
+                blobs.append((ASIDE, qube.uuid, _aside_bytes(message.qube)))
                 if before is None or before.notes != qube.notes:
                     blobs.append((NOTES, qube.uuid, qube.notes.encode() or None))
             case QubeRemoved(uuid):
@@ -132,6 +136,7 @@ def side_tables(accepted: Accepted) -> tuple[list[Entry], list[Entry], list[Blob
     return operations, hidden, blobs
 
 
-def delta_of(done: Iterable[Done]) -> bytes:
-    """The delta of what was applied."""
-    return encode_delta(change for change, _ in done)
+def _aside_bytes(qube: records_pb2.Qube) -> bytes:
+    return records_pb2.Qube(
+        state=qube.state, run=qube.run, rules_digest=qube.rules_digest, revision=qube.revision
+    ).SerializeToString()

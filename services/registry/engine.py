@@ -15,7 +15,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +25,7 @@ from bulkhead import codec
 from bulkhead.api import records_pb2
 from bulkhead.bus.errors import BusError
 from bulkhead.failpoints import hit
-from bulkhead.model.records import Change, WireEvent
+from bulkhead.model.records import Change, QubePut, QubeRemoved
 from bulkhead.model.view import View
 from services.registry import failpoint_table as _rows  # noqa: F401  (declares the names)
 from services.registry.adapters.journal import (
@@ -48,7 +48,7 @@ from services.registry.core.group import (
 )
 from services.registry.core.reasons import REASONS
 from services.registry.core.visibility import public_changes
-from services.registry.encoding import delta_of, side_tables
+from services.registry.encoding import encode_changes, encode_delta, side_tables
 
 _T = TypeVar("_T")
 
@@ -92,6 +92,7 @@ class _Item:
     future: asyncio.Future[Accepted]
     number: Callable[[int, int], None] | None
     reply: tuple[str, bytes, bytes] | None = None
+    messages: list[records_pb2.Change] | None = None  # its changes, encoded
 
     def plan(self, view: View, now: Numbers) -> Planned:
         return self.work.plan(view, now)
@@ -332,15 +333,37 @@ class Engine:
     def _publish(self, piece: Accepted) -> None:
         if piece.planned.durable:
             hit("registry.publish.before")
-        changes = [change for change, _ in piece.done]
-        public = public_changes(piece.done)
-        entry = _entry(piece, changes, piece.planned.events)
+        item = _item(piece)
+        messages = item.messages
+        if messages is None:
+            messages = encode_changes(change for change, _ in piece.done)
+        entry = records_pb2.StreamEntry(
+            seq=piece.seq,
+            revision=piece.revision,
+            changes=messages,
+            events=[codec.event_to_proto(event) for event in piece.planned.events],
+        )
         if entry.ByteSize() > self._entry_limit:
             self.counters.skipped_entries += 1
             self._stream.skip(piece.seq, piece.revision)
             return
-        same = len(public) == len(changes) and all(a is b for a, b in zip(public, changes))
-        self._stream.publish(entry, None if same else _entry(piece, public, piece.planned.events))
+        public = None
+        if any(_may_hide(change, inverse) for change, inverse in piece.done):
+            public = records_pb2.StreamEntry(
+                seq=piece.seq,
+                revision=piece.revision,
+                changes=encode_changes(public_changes(piece.done)),
+                events=entry.events,
+            )
+        self._stream.publish(entry, public)
+
+
+def _may_hide(change: Change, inverse: Change | None) -> bool:
+    """True when readers without hidden records may get something else."""
+    return (isinstance(change, QubePut) and change.qube.hidden) or (
+        isinstance(change, QubeRemoved)
+        and (not isinstance(inverse, QubePut) or inverse.qube.hidden)
+    )
 
 
 def transaction(durable: Sequence[Accepted], now: float) -> Transaction:
@@ -349,6 +372,7 @@ def transaction(durable: Sequence[Accepted], now: float) -> Transaction:
     for accepted in durable:
         item = _item(accepted)
         before, after = before_after(accepted.done)
+        item.messages = encode_changes(change for change, _ in accepted.done)
         out.changes.append(
             ChangeRow(
                 accepted.revision,
@@ -359,10 +383,10 @@ def transaction(durable: Sequence[Accepted], now: float) -> Transaction:
                 before,
                 after,
                 accepted.planned.result,
-                delta_of(accepted.done),
+                encode_delta(item.messages),
             )
         )
-        operations, hidden, blobs = side_tables(accepted)
+        operations, hidden, blobs = side_tables(accepted, item.messages)
         out.operations.extend(operations)
         out.hidden.extend(hidden)
         out.blobs.extend(blobs)
@@ -378,17 +402,6 @@ def _item(outcome: Accepted | Refused) -> _Item:
     item = outcome.work
     assert isinstance(item, _Item)
     return item
-
-
-def _entry(
-    piece: Accepted, changes: Iterable[Change], events: Iterable[WireEvent]
-) -> records_pb2.StreamEntry:
-    return records_pb2.StreamEntry(
-        seq=piece.seq,
-        revision=piece.revision,
-        changes=[codec.change_to_proto(change) for change in changes],
-        events=[codec.event_to_proto(event) for event in events],
-    )
 
 
 def _error(reason: str, message: str) -> BusError:

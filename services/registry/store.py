@@ -42,7 +42,7 @@ from services.registry.core.foreign import (
     difference,
     read_instruction,
 )
-from services.registry.core.replay import assemble
+from services.registry.core.replay import aside_of, assemble
 from services.registry.encoding import (
     ASIDE,
     NOTES,
@@ -51,6 +51,7 @@ from services.registry.encoding import (
     decode_delta,
     decode_hidden,
     decode_operations,
+    encode_aside,
 )
 
 # class -> folder of its qubes' own folders, for the notes.txt links.
@@ -367,9 +368,10 @@ class _Opening:
 def _notes_blobs(changes: Iterable[Change]) -> Iterable[tuple[str, str, bytes | None]]:
     for change in changes:
         if isinstance(change, QubePut) and change.qube.notes:
-            # An aside without which the notes would not be looked up.
-            yield NOTES, change.qube.uuid, change.qube.notes.encode()
-            yield ASIDE, change.qube.uuid, b""
+            qube = change.qube
+            yield NOTES, qube.uuid, qube.notes.encode()
+            # Without an aside the notes would not be looked up.
+            yield ASIDE, qube.uuid, encode_aside(aside_of(qube))
 
 
 def checkpoint_now(store: Store, expected: str, now: float) -> None:

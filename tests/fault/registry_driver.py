@@ -184,7 +184,7 @@ def main() -> None:
     state_dir = Path(sys.argv[1])
     if sys.argv[2:] == ["init"]:
         try:
-            say({"store_id": initialise(state_dir, state_dir)})
+            say({"store_id": initialise(state_dir, state_dir, reflink=False)})
         except StoreExists as error:
             say({"refused": str(error)})
         return

@@ -515,11 +515,11 @@ def test_a_full_disk_does_not_harm_the_file(small_disk: Path) -> None:
         registry.mutate("d5" * 16, **feature("small"))
         registry.ask("settle")
         old = (small_disk / "qubes.xml").read_bytes()
-        with open(small_disk / "filler", "wb") as filler:
-            with pytest.raises(OSError):
-                while True:
-                    filler.write(b"\0" * 4096)
-                    filler.flush()
+        filler = os.open(small_disk / "filler", os.O_WRONLY | os.O_CREAT)
+        with pytest.raises(OSError):
+            while True:
+                os.write(filler, b"\0" * 4096)
+        os.close(filler)
         registry.mutate("d6" * 16, **feature("later"))
         registry.ask("settle")
         assert (small_disk / "qubes.xml").read_bytes() == old

@@ -31,7 +31,7 @@ REPLY_SECONDS = 3600.0
 REPLY_ROWS = 100_000
 # Pages after which SQLite copies the log back by itself; flush_log() does it earlier,
 # outside the writer.
-_AUTOCHECKPOINT_PAGES = 16_000
+_AUTOCHECKPOINT_PAGES = 1_000
 
 _SCHEMA_SQL = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -55,13 +55,12 @@ CREATE TABLE record_hidden(
   uuid TEXT PRIMARY KEY, revision INTEGER NOT NULL, body BLOB NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE reply(
+  id INTEGER PRIMARY KEY,
   caller TEXT NOT NULL,
   request_id BLOB NOT NULL,
   time REAL NOT NULL,
-  body BLOB NOT NULL,
-  PRIMARY KEY(caller, request_id)
+  body BLOB NOT NULL
 );
-CREATE INDEX reply_time ON reply(time);
 CREATE TABLE blob(
   kind TEXT NOT NULL, key TEXT NOT NULL, body BLOB NOT NULL, PRIMARY KEY(kind, key)
 ) WITHOUT ROWID;
@@ -382,8 +381,8 @@ class Journal:
                 ReplyRow(*row)
                 for row in self._db.execute(
                     "SELECT caller, request_id, time, body FROM "
-                    "(SELECT * FROM reply WHERE time >= ? ORDER BY time DESC LIMIT ?) "
-                    "ORDER BY time",
+                    "(SELECT * FROM reply WHERE time >= ? ORDER BY id DESC LIMIT ?) "
+                    "ORDER BY id",
                     (since, REPLY_ROWS),
                 )
             ]
@@ -432,7 +431,7 @@ class Journal:
                     db.execute("REPLACE INTO blob VALUES(?, ?, ?)", (kind, key, body))
             if transaction.replies:
                 db.executemany(
-                    "REPLACE INTO reply VALUES(?, ?, ?, ?)",
+                    "INSERT INTO reply(caller, request_id, time, body) VALUES(?, ?, ?, ?)",
                     [(r.caller, r.request_id, r.time, r.body) for r in transaction.replies],
                 )
             if transaction.epoch is not None:
@@ -485,12 +484,13 @@ class Journal:
                 "DELETE FROM change WHERE revision <= ?",
                 (min(oldest, self._revision - KEPT_CHANGES),),
             )
-        self._db.execute("DELETE FROM reply WHERE time < ?", (now - REPLY_SECONDS,))
-        self._db.execute(
-            "DELETE FROM reply WHERE rowid <= "
-            "(SELECT rowid FROM reply ORDER BY rowid DESC LIMIT 1 OFFSET ?)",
-            (REPLY_ROWS,),
-        )
+        # Rows are in the order of their times, so only what goes is looked at.
+        kept = self._db.execute(
+            "SELECT id FROM reply WHERE time >= ? ORDER BY id LIMIT 1", (now - REPLY_SECONDS,)
+        ).fetchone()
+        newest = self._db.execute("SELECT max(id) FROM reply").fetchone()[0] or 0
+        first = max(kept[0] if kept is not None else newest + 1, newest - REPLY_ROWS + 1)
+        self._db.execute("DELETE FROM reply WHERE id < ?", (first,))
 
     def _set_meta(self, key: str, value: str) -> None:
         self._db.execute("REPLACE INTO meta VALUES(?, ?)", (key, value))

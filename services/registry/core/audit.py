@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any
 
@@ -40,6 +40,8 @@ _SKIPPED = frozenset({"revision", "progress", "progress_text", "data", "request_
 def plain(value: Any) -> Any:
     """A record as JSON-ready values: mappings sorted, sets as sorted lists, bytes as
     their digest, secrets left out."""
+    if type(value) is str:
+        return value
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, bytes):
@@ -62,43 +64,62 @@ def _digest(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}" if data else ""
 
 
-def _record(what: object) -> dict[str, Any]:
-    parts: dict[str, Any] = {}
-    if not is_dataclass(what) or isinstance(what, type):
-        return parts
-    for f in fields(what):
-        if f.name in _SKIPPED:
-            continue
-        value = getattr(what, f.name)
-        parts[f.name] = _digest(value.encode()) if f.name == "notes" else plain(value)
-    return parts
-
-
-def _described(change: Change) -> tuple[str, dict[str, Any] | None]:
-    """(key of the object, its parts; None = it is not there)."""
+def _described(change: Change) -> tuple[str, object | None]:
+    """(key of the object, the object; None = it is not there)."""
     match change:
         case QubePut(qube):
-            return f"qube/{qube.uuid}", _record(qube)
+            return f"qube/{qube.uuid}", qube
         case QubeRemoved(uuid):
             return f"qube/{uuid}", None
-        case SystemPut(name, value):
-            return f"property/{name}", {"value": LEFT_OUT if _SECRET.search(name) else value}
+        case SystemPut(name, _):
+            return f"property/{name}", change
         case SystemRemoved(name):
             return f"property/{name}", None
         case LabelPut(label):
-            return f"label/{label.name}", asdict(label)
+            return f"label/{label.name}", label
         case LabelRemoved(name):
             return f"label/{name}", None
         case PoolPut(pool):
-            return f"pool/{pool.name}", _record(pool)
+            return f"pool/{pool.name}", pool
         case PoolRemoved(name):
             return f"pool/{name}", None
         case OperationPut(operation):
-            return f"operation/{operation.id}", _record(operation)
+            return f"operation/{operation.id}", operation
         case OperationRemoved(op_id):
             return f"operation/{op_id}", None
         case FactPut() | FactRemoved():
             return "", None
+
+
+_NAMES: dict[type, tuple[str, ...]] = {}
+
+
+def _names(kind: type[Any]) -> tuple[str, ...]:
+    if kind not in _NAMES:
+        _NAMES[kind] = tuple(f.name for f in fields(kind) if f.name not in _SKIPPED)
+    return _NAMES[kind]
+
+
+def _parts(what: object, other: object | None) -> dict[str, Any] | None:
+    """The parts of a record that differ from the other one, and its name; of mappings
+    the entries that differ."""
+    if what is None or isinstance(what, type) or not is_dataclass(what):
+        return None
+    out: dict[str, Any] = {}
+    for name in _names(type(what)):
+        value = getattr(what, name)
+        if name != "name" and other is not None and getattr(other, name) == value:
+            continue
+        if name == "notes":
+            out[name] = _digest(value.encode())
+        elif name == "value" and isinstance(what, SystemPut):
+            out[name] = LEFT_OUT if _SECRET.search(what.name) else value
+        else:
+            if other is not None and isinstance(value, Mapping):
+                theirs = getattr(other, name)
+                value = {k: v for k, v in value.items() if theirs.get(k) != v}
+            out[name] = plain(value)
+    return out
 
 
 def before_after(done: Iterable[Done]) -> tuple[str, str]:
@@ -107,23 +128,18 @@ def before_after(done: Iterable[Done]) -> tuple[str, str]:
     Of a record that was there before and after only the differing parts are told, and
     its name.
     """
-    before: dict[str, Any] = {}
-    after: dict[str, Any] = {}
+    first: dict[str, object | None] = {}
+    last: dict[str, object | None] = {}
     for change, inverse in done:
         key, now = _described(change)
-        if not key:
-            continue
-        was = _described(inverse)[1] if inverse is not None else None
-        if key in before:  # an object twice in one mutation: the first "before" counts
-            was = before[key]
-        if isinstance(was, dict) and isinstance(now, dict):
-            keep = {k for k in {*was, *now} if was.get(k) != now.get(k)} | {"name"}
-            was = {k: v for k, v in was.items() if k in keep}
-            now = {k: v for k, v in now.items() if k in keep}
-        before[key] = was
-        after[key] = now
-    return _dump(before), _dump(after)
+        if key:
+            # An object twice in one mutation: the first "before" counts.
+            first.setdefault(key, _described(inverse)[1] if inverse is not None else None)
+            last[key] = now
+    return (
+        _dump({key: _parts(was, last[key]) for key, was in first.items()}),
+        _dump({key: _parts(now, first[key]) for key, now in last.items()}),
+    )
 
 
-def _dump(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+_dump = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode

@@ -127,7 +127,7 @@ def plan_batch(view: View, works: Sequence[Work], now: Numbers) -> Batch:
         try:
             planned = work.plan(view, now)
             if planned.silent:
-                planned = replace(planned, changes=(), events=(), durable=False)
+                planned = Planned(durable=False, answer=planned.answer)
             stamp = now.revision + 1 if planned.durable else 0
             done = _apply(view, planned.changes, stamp, batch.undo)
         except Exception as error:  # a planner's bug must not take the batch with it
@@ -139,19 +139,17 @@ def plan_batch(view: View, works: Sequence[Work], now: Numbers) -> Batch:
                 batch.numbers = now = replace(now, seq=now.seq + 1)
             batch.outcomes.append(Refused(work, error, events, now.revision, now.seq))
             continue
-        accepted = Accepted(work, planned, now.revision, now.seq, done)
+        revision, seq, epoch, small = now.revision, now.seq, now.epoch, now.small_revision
         if planned.durable:
-            accepted = replace(accepted, revision=stamp)
-            now = replace(now, revision=stamp)
+            revision = stamp
             if any(isinstance(change, _SMALL) for change in planned.changes):
-                now = replace(now, small_revision=stamp)
+                small = stamp
             if planned.epoch is not None:
-                now = replace(now, epoch=planned.epoch)
-        if accepted.published:
-            now = replace(now, seq=now.seq + 1)
-            accepted = replace(accepted, seq=now.seq)
-        batch.numbers = now
-        batch.outcomes.append(accepted)
+                epoch = planned.epoch
+        if done or planned.events:
+            seq += 1
+        batch.numbers = Numbers(revision, seq, epoch, small)
+        batch.outcomes.append(Accepted(work, planned, revision, seq, done))
     return batch
 
 
