@@ -1,8 +1,8 @@
 """Runs a private libvirtd: python -m services.domains.libvirtd --root DIR [--session].
 
-Owns its settings, its state below DIR/run/bulkhead/libvirt, and the change into
-libvirtd itself: after a successful start this process *is* libvirtd, so its pid ends it.
-Must not be a child of domains. Invariants: the machine's files and namespaces stay as
+Owns its settings and its state below DIR/run/bulkhead/libvirt. This process stays as
+libvirtd's parent: to end it, or to kill it, ends or kills libvirtd. Must not be a child
+of domains. Invariants: the machine's files and namespaces stay as
 they are; guests survive the death of this libvirtd and are found by the next one.
 
 As root (qemu:///system) it lives in a mount namespace with its own /dev without kvm.
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from bulkhead.config import SOCKET_PATH_LIMIT
 
-from . import rooms
+from . import reaper, rooms
 
 # Names below the state directory. Short: sockets of guests lie below them in a session.
 SOCKET = "libvirt-sock"
@@ -118,8 +118,8 @@ def _room(state: Path, root: Path, uid: int) -> None:
     rooms.own_run(state / "run", root)
 
 
-def launch(root: Path, *, session: bool, uid: int, user: str, group: str) -> None:
-    """Become libvirtd; returns only by LaunchError."""
+def launch(root: Path, *, session: bool, uid: int, user: str, group: str) -> int:
+    """Run libvirtd until it ends; its exit status. LaunchError when it cannot start."""
     program = _program()
     directory = directory_of(root)
     directory.mkdir(parents=True, exist_ok=True)
@@ -145,12 +145,8 @@ def launch(root: Path, *, session: bool, uid: int, user: str, group: str) -> Non
         settings.mkdir(parents=True, exist_ok=True)
         (settings / "qemu.conf").write_text(_QEMU_SESSION)
         if privileged:
-            os.chown(directory, uid, -1)
-            os.chown(home / "config", uid, uid)
-            os.chown(settings, uid, uid)
-            os.setgroups([])
-            os.setgid(uid)
-            os.setuid(uid)
+            for path in (directory, home / "config", settings):
+                os.chown(path, uid, uid)
     else:
         environment["HOME"] = "/root"
         (state / "etc/qemu.conf").write_text(_QEMU_ROOT.format(user=user, group=group))
@@ -158,11 +154,18 @@ def launch(root: Path, *, session: bool, uid: int, user: str, group: str) -> Non
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)
     os.chdir("/")
-    os.execve(
-        program,
-        [program, "-f", str(state / "libvirtd.conf"), "-p", str(state / "run/libvirtd.pid")],
-        environment,
-    )
+    parent = os.getpid()
+    command = [program, "-f", str(state / "libvirtd.conf"), "-p", str(state / "run/libvirtd.pid")]
+
+    def become() -> None:
+        if session and privileged:
+            os.setgroups([])
+            os.setgid(uid)
+            os.setuid(uid)
+        reaper.die_with(parent)
+        os.execve(program, command, environment)
+
+    return reaper.run(become)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -175,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--qemu-group", default="root", help="QEMU's group (system only)")
     options = parser.parse_args(argv)
     try:
-        launch(
+        return launch(
             options.root.absolute(),
             session=options.session,
             uid=options.uid,
