@@ -30,6 +30,7 @@ TICKET_S = 60.0
 IDLE_S = 30.0
 WHOLE_S = 4 * 3600.0
 _GREETING_S = 5.0
+_PART_S = 1.0
 _TICKET_BYTES = 32
 
 
@@ -209,6 +210,7 @@ class DataSocket:
             _LOG.warning("a transfer failed: %s", text)
             with contextlib.suppress(OSError):
                 transfer.send_failure(connection, text)
+                _part(connection)
         finally:
             if ticket is not None:
                 with self._lock:
@@ -224,3 +226,13 @@ class DataSocket:
         ticket.check()
         ticket.arrived()
         transfer.send_end(connection, 0)
+
+
+def _part(connection: socket.socket) -> None:
+    """Read what the peer still sends, for a moment: closing on it could take the reason
+    away from the peer."""
+    connection.shutdown(socket.SHUT_WR)
+    connection.settimeout(_PART_S)
+    end = time.monotonic() + _PART_S
+    while time.monotonic() < end and connection.recv(transfer.DATA_LIMIT):
+        pass
