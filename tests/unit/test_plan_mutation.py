@@ -420,6 +420,15 @@ def test_absent_feature_is_announced_then_refused(w: World) -> None:
     assert names(refusal.events) == ["work:domain-feature-pre-delete:gui"]
 
 
+def test_long_feature_is_removed(w: World) -> None:
+    name = "service.app-dispvm." + "x" * 80
+    w.feature("work", name)
+    w.do(RemoveFeature("work", name))
+    assert name not in w.qube("work").features
+    refusal = refused(lambda: w.do(RemoveFeature("work", "a\n")))
+    assert (refusal.reason, isinstance(refusal, PlanRefused)) == ("FEATURE_NOT_FOUND", False)
+
+
 @pytest.mark.parametrize("name", ["preload-dispvm", "deferred-netvm-original"])
 def test_system_features_are_protected(w: World, name: str) -> None:
     assert refused(lambda: w.feature("work", name)).reason == "FEATURE_PROTECTED"

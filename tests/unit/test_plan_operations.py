@@ -911,6 +911,9 @@ def test_pool_in_use_stays(w: World) -> None:
         "pool-pre-delete"
     ]
     no_change(w, PoolAddSpec(Pool("a b", "file")), "INVALID_POOL")
+    for name in ("work", "vault", "dvm", "sys-net", "alone", "tmpl"):
+        w.patch(name, volumes=())
+    no_change(w, PoolRemoveSpec("varlibqubes"), "POOL_IN_USE")
     w.run(PoolAddSpec(Pool("fast", "file-reflink", {})))
     begun = w.begin(PoolRemoveSpec("fast"))
     w.set("", "default_pool_root", "fast")

@@ -12,7 +12,12 @@ from functools import partial
 from bulkhead.model import events
 from bulkhead.model.evaluate import template_for_dispvms
 from bulkhead.model.features import PROTECTED, check_feature, is_exported
-from bulkhead.model.grammar import check_feature_name, check_feature_value, shown
+from bulkhead.model.grammar import (
+    check_feature_name,
+    check_feature_value,
+    printable_ascii,
+    shown,
+)
 from bulkhead.model.plan.base import Draft, need_qube
 from bulkhead.model.plan.marks import (
     announce_feature,
@@ -55,9 +60,14 @@ def command_remove(draft: Draft, command: RemoveFeature) -> None:
     """Remove a feature over the Admin API."""
     qube = need_qube(draft.view, command.qube)
     # An old file may hold names that could not be set today; they can be removed.
-    name = shown(command.name)
-    if name != command.name:
-        raise Refusal("FEATURE_NOT_FOUND", f"Feature not set: {name}", feature=name)
+    name = command.name
+    if not name or not printable_ascii(name):
+        raise Refusal(
+            "FEATURE_NOT_FOUND",
+            f"Feature not set: {shown(name)}",
+            qube=qube.name,
+            feature=shown(name),
+        )
     _unprotected(qube, name)
     delete_feature(draft, qube, name, lambda: _caused_by_delete(draft, qube, name))
     if is_exported(name):

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from bulkhead.model import events
-from bulkhead.model.evaluate import feature
+from bulkhead.model.evaluate import evaluate, feature
 from bulkhead.model.grammar import check_pool_name, check_revision
 from bulkhead.model.plan.base import Draft, need_qube
 from bulkhead.model.plan.creation import Fresh
@@ -261,7 +261,7 @@ def check_pool_unused(view: View, name: str) -> None:
             user=user.name,
         )
     for row in SYSTEM_ROWS:
-        if row.type == "pool" and view.properties.get(row.name) == name:
+        if row.type == "pool" and evaluate(view, None, row.name) == name:
             raise Refusal(
                 "POOL_IN_USE",
                 f"Storage pool is in use: {name} is {row.name}",
