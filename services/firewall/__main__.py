@@ -6,10 +6,8 @@ process gives up INET sockets, because a child could never have more than its pa
 
 from __future__ import annotations
 
-import os
 import re
 import socket
-from pathlib import Path
 
 from bulkhead.api import hostd_pb2, records_pb2, registry_pb2
 from bulkhead.bus.client import CallContext
@@ -17,7 +15,7 @@ from bulkhead.bus.confine import Confinement
 from bulkhead.bus.errors import BusError
 from bulkhead.bus.runtime import ServiceContext, serve
 from bulkhead.config import Settings
-from services.firewall import failpoint_table  # noqa: F401  (declares the rows)
+from services.firewall import failpoint_table
 from services.firewall.adapters.enforcer_client import EnforcerClient
 from services.firewall.adapters.planned_enforcer import PlannedEnforcer
 from services.firewall.adapters.resolver_client import ResolverClient, start_worker
@@ -114,11 +112,10 @@ async def build(context: ServiceContext, resolver_socket: socket.socket) -> Fire
 
 def confinement(settings: Settings) -> Confinement:
     """Its own files and nothing else; no capability, no INET."""
-    extra = os.environ.get("BULKHEAD_FAILPOINTS_FILE", "")
     settings.rules_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     return Confinement(
-        read=(settings.bus_dir, settings.etc_dir, *([Path(extra).parent] if extra else [])),
-        write=(settings.rules_dir,),
+        read=(settings.bus_dir, settings.etc_dir),
+        write=(settings.rules_dir, *failpoint_table.directories()),
     )
 
 

@@ -6,6 +6,9 @@ names a row here.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from bulkhead import failpoints
 
 ROWS: dict[str, str] = {
@@ -30,3 +33,9 @@ ROWS: dict[str, str] = {
 }
 
 failpoints.register("firewall", ROWS)
+
+
+def directories() -> tuple[Path, ...]:
+    """Where armed failpoints are read and noted; none outside tests."""
+    names = ("BULKHEAD_FAILPOINTS_FILE", "BULKHEAD_FAILPOINTS_TRACE")
+    return tuple(Path(os.environ[name]).parent for name in names if os.environ.get(name))

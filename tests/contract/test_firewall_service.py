@@ -476,10 +476,10 @@ def test_tightened_rules_cut_the_flows_that_they_forbid(world: World) -> None:
     async def story() -> None:
         keeper = await started(world)
         await keeper.apply(target(), False)
-        web = Flow("01", "10.137.0.20", "192.0.2.1", 6, 443)
-        mail = Flow("02", "10.137.0.20", "192.0.2.1", 6, 25)
-        ping = Flow("03", "10.137.0.20", "192.0.2.1", 1, None, 8)
-        other = Flow("04", "10.137.0.21", "192.0.2.1", 6, 25)
+        web = Flow("10.137.0.20", "192.0.2.1", 6, 443)
+        mail = Flow("10.137.0.20", "192.0.2.1", 6, 25)
+        ping = Flow("10.137.0.20", "192.0.2.1", 1, None, 8)
+        other = Flow("10.137.0.21", "192.0.2.1", 6, 25)
         kernel = world.kernels["bh-net-6"]
         kernel.tracked = [web, mail, ping, other]
         await keeper.set_rules(A, "q20", ["action=accept proto=tcp dstports=443"])

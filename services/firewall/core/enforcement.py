@@ -57,10 +57,10 @@ class Enforcer(Protocol):
         """The qube's chain as text, "" when absent."""
 
     async def flows(self, addresses: Sequence[str]) -> tuple[Flow, ...]:
-        """Tracked connections from or to one of the addresses."""
+        """Tracked connections from or to one of the addresses, each kind once."""
 
     async def cut(self, flows: Sequence[Flow]) -> None:
-        """Forget the connections; one that is already gone is no error."""
+        """Forget all connections of these kinds; one that is already gone is no error."""
 
     async def close(self) -> None:
         """Let go of it; the table stays."""

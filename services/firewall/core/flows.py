@@ -18,13 +18,12 @@ _NUMBERS = {"icmp": (1, 58), "tcp": (6,), "udp": (17,)}
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """A tracked connection, seen from the client.
+    """Tracked connections that rules cannot tell apart, seen from the client.
 
-    key: opaque, what the enforce worker needs to cut it. destination: the address that
-    the packets really go to. port, icmptype: None where the protocol has none.
+    destination: the address that the packets really go to. port, icmptype: None where
+    the protocol has none.
     """
 
-    key: str
     source: str
     destination: str
     protocol: int

@@ -8,7 +8,7 @@ chain is reached by its interface alone; what no chain accepts is dropped.
 The table:
   prerouting   raw: an uplink may not claim a client's address; a client's packet must
                carry the address of its interface; any other interface is dropped
-  redirect     the virtual resolvers become the real ones (only where there are any)
+  to_resolvers the virtual resolvers become the real ones (only where there are any)
   input        nothing but answers, ICMP from clients and neighbour discovery
   forward      policy drop: established, related; never anew towards a client; then the
                map by_interface leads to the qube's own chain
@@ -49,6 +49,8 @@ REJECT = "reject with icmpx admin-prohibited"
 # now; a name that is absent or empty is unresolved.
 Addresses = Mapping[str, Sequence[str]]
 
+# Numbers, because names would be looked up in a file that need not be there.
+_NUMBERS = {"tcp": 6, "udp": 17}
 _INTERFACE = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,14}\Z")
 
 
@@ -265,12 +267,12 @@ def _dns_heads(rule: Rule, heads: list[tuple[str, int]]) -> tuple[list[tuple[str
 def _tails(rule: Rule) -> list[tuple[str, int]]:
     if rule.proto == "icmp":
         if rule.icmptype is None:
-            return [("meta l4proto icmp", 4), ("meta l4proto ipv6-icmp", 6)]
+            return [("meta l4proto 1", 4), ("meta l4proto 58", 6)]
         return [(f"icmp type {rule.icmptype}", 4), (f"icmpv6 type {rule.icmptype}", 6)]
     if not rule.proto:
         return [("", 0)]
     if rule.dstports is None:
-        return [(f"meta l4proto {rule.proto}", 0)]
+        return [(f"meta l4proto {_NUMBERS[rule.proto]}", 0)]
     return [(f"{rule.proto} dport {_ports(rule.dstports)}", 0)]
 
 
@@ -352,7 +354,7 @@ def base_commands(uplink: str, resolvers: Sequence[str]) -> tuple[str, ...]:
         f"add rule {t} input ct state established,related accept",
         f"add rule {t} input icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} accept",
         f"add rule {t} input iifname @uplinks icmpv6 type nd-router-advert accept",
-        f"add rule {t} input iifname @clients meta l4proto icmp accept",
+        f"add rule {t} input iifname @clients meta l4proto 1 accept",
         f"add rule {t} input iifname @clients icmpv6 type echo-request accept",
         f"add rule {t} input counter name refused_input drop",
         f"add rule {t} forward ct state invalid counter name invalid drop",
@@ -379,13 +381,12 @@ def _resolver_commands(resolvers: Sequence[str]) -> list[str]:
         if elements:
             commands.append(f"add element {t} dns{version} {elements}")
     if four:
-        commands.append(_base_chain("redirect", "nat", "prerouting", "dstnat", "accept"))
+        commands.append(_base_chain("to_resolvers", "nat", "prerouting", "dstnat", "accept"))
         for number, virtual in enumerate(VIRTUAL_RESOLVERS):
             real = four[number % len(four)]
             for proto in ("udp", "tcp"):
-                commands.append(
-                    f"add rule {t} redirect ip daddr {virtual} {proto} dport 53 dnat ip to {real}"
-                )
+                match = f"ip daddr {virtual} {proto} dport 53"
+                commands.append(f"add rule {t} to_resolvers {match} dnat ip to {real}")
     return commands
 
 

@@ -17,6 +17,7 @@ import sys
 
 from bulkhead.bus import confine
 from bulkhead.bus.confine import Confinement
+from services.firewall import failpoint_table
 from services.firewall.enforce.conntrack import Tracker
 from services.firewall.enforce.kernel import KernelTable
 from services.firewall.enforce.server import EnforceServer, Forwarding
@@ -37,7 +38,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     listener = socket.socket(fileno=arguments.listen_fd)
     server = EnforceServer(listener, KernelTable(), Tracker(), Forwarding())
-    confine.apply(Confinement(keep_caps=("net_admin",), netlink=True, unix=False))
+    confine.apply(
+        Confinement(
+            write=failpoint_table.directories(), keep_caps=("net_admin",), netlink=True, unix=False
+        )
+    )
     server.run()
 
 

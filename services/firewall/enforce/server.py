@@ -19,6 +19,7 @@ from typing import Any
 from bulkhead import failpoints
 from bulkhead.model.refusal import Refusal
 from services.firewall import failpoint_table  # noqa: F401  (declares the rows)
+from services.firewall.core.flows import Flow
 from services.firewall.core.ruleset import TABLE, check_command
 from services.firewall.core.wire import Frames, WireError, pack
 from services.firewall.enforce.conntrack import Tracker
@@ -164,8 +165,5 @@ class EnforceServer:
         return {"flows": [asdict(flow) for flow in self._tracker.flows(addresses)]}
 
     def _cut(self, untrusted_request: dict[str, Any]) -> dict[str, Any]:
-        gone = 0
-        for untrusted_flow in list(untrusted_request["flows"]):
-            self._tracker.cut(str(untrusted_flow["key"]), str(untrusted_flow["source"]))
-            gone += 1
-        return {"cut": gone}
+        flows = {Flow(**dict(untrusted_flow)) for untrusted_flow in untrusted_request["flows"]}
+        return {"cut": self._tracker.cut(flows)}

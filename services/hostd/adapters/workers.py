@@ -29,7 +29,7 @@ STEADY_S = 10.0
 STOP_S = 3.0
 _BACKLOG = 16
 # What a worker's environment keeps: nothing of hostd's but the tests' failpoints.
-_KEPT = ("BULKHEAD_FAILPOINTS", "BULKHEAD_FAILPOINTS_FILE")
+_KEPT = ("BULKHEAD_FAILPOINTS", "BULKHEAD_FAILPOINTS_FILE", "BULKHEAD_FAILPOINTS_TRACE")
 
 
 @dataclass(slots=True)
