@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+from bulkhead.bus.confine import Confinement
 from bulkhead.bus.runtime import ServiceContext, serve
+from bulkhead.config import Settings
 from services.adminapi.actions import Actions
 from services.adminapi.adapters.gateway import (
     LISTEN_FDS_VARIABLE,
@@ -13,16 +16,25 @@ from services.adminapi.adapters.gateway import (
     inherited_sockets,
 )
 from services.adminapi.adapters.paused_list import PausedList
+from services.adminapi.adapters.policy_files import PolicyFiles
 from services.adminapi.backend import Backend
-from services.adminapi.core.permission import DenyAll
-from services.adminapi.handlers import AdminApi
+from services.adminapi.core.policy import Evaluator
+from services.adminapi.handlers import AdminApi, RecentlyGone
+from services.adminapi.policy_keeper import PolicyKeeper
 
 
 async def build(context: ServiceContext) -> AdminApi:
     """Follow the registry, then take connections."""
     backend = Backend(context)
-    paused = PausedList(context.settings.run_dir / "qubes/previously-paused.list")
-    api = AdminApi(backend, Actions(backend, paused), DenyAll())
+    paused = PausedList(context.settings.service_dir("adminapi") / "previously-paused.list")
+    gone = RecentlyGone(backend.replica)
+    policy = PolicyKeeper(
+        PolicyFiles(_policy_directories(context.settings)),
+        Evaluator(lambda: backend.view, gone.find),
+    )
+    policy.load()
+    context.spawn(policy.follow(), "policy")
+    api = AdminApi(backend, Actions(backend, paused), policy)
     gateway = Gateway(api)
     inherited = os.environ.get(LISTEN_FDS_VARIABLE, "")
     if inherited:
@@ -42,5 +54,19 @@ async def build(context: ServiceContext) -> AdminApi:
     return api
 
 
+def _policy_directories(settings: Settings) -> tuple[Path, Path]:
+    """What is in run/ hides what has the same name in etc/."""
+    return settings.run_dir / "qubes/policy.d", settings.etc_dir / "policy.d"
+
+
+def confinement(settings: Settings) -> Confinement:
+    """Reads policy; binds the sockets itself only where nobody hands them in."""
+    own = not os.environ.get(LISTEN_FDS_VARIABLE, "")
+    return Confinement(
+        read=tuple(d for d in (settings.etc_dir, settings.run_dir / "qubes") if d.exists()),
+        write=(settings.run_dir,) if own else (),
+    )
+
+
 if __name__ == "__main__":
-    serve("adminapi", build, [])
+    serve("adminapi", build, [], confinement=confinement)

@@ -15,10 +15,17 @@ from typing import Any
 
 from bulkhead.api import domains_pb2
 from bulkhead.bus.errors import BusError
-from bulkhead.bus.events import Entry
+from bulkhead.bus.events import Entry, ReplicaRunner
 from bulkhead.model import specs
 from bulkhead.model.evaluate import evaluate
-from bulkhead.model.records import ADMINVM_NAME, OperationPut, Phase, Qube
+from bulkhead.model.records import (
+    ADMINVM_NAME,
+    OperationPut,
+    Phase,
+    Qube,
+    QubePut,
+    QubeRemoved,
+)
 from bulkhead.model.refusal import Refusal
 from services.adminapi.actions import Actions
 from services.adminapi.adapters.gateway import Peer
@@ -52,6 +59,35 @@ READY_S = 10.0
 DRAIN_S = 5.0
 _STATS_LIMIT = 64
 _WATCH_LIMIT = 256
+_GONE_LIMIT = 256
+
+
+class RecentlyGone:
+    """The last records of qubes that were removed, so that policy can judge their events."""
+
+    def __init__(self, replica: ReplicaRunner) -> None:
+        self._replica = replica
+        self._known: dict[str, Qube] = {}
+        self._gone: dict[str, Qube] = {}
+        replica.subscribe(self._entry)
+
+    def find(self, name: str) -> Qube | None:
+        """The last record of a qube of that name that is gone."""
+        return self._gone.get(name)
+
+    def _entry(self, entry: Entry) -> None:
+        if entry.resync:
+            self._known = {q.uuid: q for q in self._replica.view.qubes()}
+        for change in entry.changes:
+            if isinstance(change, QubePut):
+                self._known[change.qube.uuid] = change.qube
+                self._gone.pop(change.qube.name, None)
+            elif isinstance(change, QubeRemoved):
+                old = self._known.pop(change.uuid, None)
+                if old is not None:
+                    while len(self._gone) >= _GONE_LIMIT:
+                        del self._gone[next(iter(self._gone))]
+                    self._gone[old.name] = old
 
 
 class AdminApi:

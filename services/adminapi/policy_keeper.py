@@ -1,0 +1,58 @@
+"""The policy in force: rules from files, kept up to date.
+
+Owns when files are read anew. Must not know their syntax. Invariant: what cannot be
+read allows nothing; without any policy file a qube sees itself alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from services.adminapi.adapters.policy_files import PolicyFiles, Stamp
+from services.adminapi.core.permission import DenyAll
+from services.adminapi.core.policy import Evaluator, PolicyError, parse
+
+log = logging.getLogger("bulkhead.adminapi")
+
+PERIOD_S = 1.0
+
+
+class PolicyKeeper:
+    """A permission.Policy that follows the files."""
+
+    def __init__(self, files: PolicyFiles, evaluator: Evaluator) -> None:
+        self._files = files
+        self._evaluator = evaluator
+        self._nothing = DenyAll()
+        self._present = False
+        self._stamp: Stamp | None = None
+
+    def allows(self, service: str, argument: str, source: str, target: str) -> bool:
+        """See permission.Policy."""
+        policy = self._evaluator if self._present else self._nothing
+        return policy.allows(service, argument, source, target)
+
+    def load(self) -> None:
+        """Read the files if they have changed."""
+        try:
+            stamp = self._files.stamp()
+            if stamp == self._stamp:
+                return
+            self._stamp = stamp
+            files = self._files.read()
+            present = any(p.endswith(".policy") and "/" not in p for p in files)
+            rules = parse(files)
+        except (OSError, ValueError) as error:
+            # PolicyError is a ValueError.
+            kind = "policy" if isinstance(error, PolicyError) else "policy file"
+            log.error("%s: %s; nothing is allowed until it is mended", kind, error)
+            rules, present = (), True
+        self._evaluator.replace(rules)
+        self._present = present
+
+    async def follow(self) -> None:
+        """Look at the files again and again."""
+        while True:
+            await asyncio.sleep(PERIOD_S)
+            await asyncio.to_thread(self.load)
