@@ -160,6 +160,7 @@ class _LaneConnection:
         self._timer_ns = 0
         self._scheduled = False
         self._connect_timer: asyncio.TimerHandle | None = None
+        self._up = False
         self._endpoint = channel.settings.socket(channel.service, lane.value)
         self._refusal: BusError | None = None
         self.dropped = 0
@@ -173,6 +174,10 @@ class _LaneConnection:
         self._monitor_fd = self._monitor.FD
         self._loop.add_reader(self._fd, self._drain)
         self._loop.add_reader(self._monitor_fd, self._watch)
+        # A descriptor signals only after a first read has found nothing.
+        self._loop.call_soon(self._watch)
+        # A pipe that was never read does not signal: without this the first event is not seen.
+        self._watch()
         self._try_connect()
 
     def _try_connect(self) -> None:
@@ -232,6 +237,8 @@ class _LaneConnection:
 
     def _flush(self) -> None:
         """Send what waits, oldest first, as far as there is a connection."""
+        if not self._up:
+            return
         send, more, last = self._send, sockets.MORE, sockets.NOBLOCK
         unsent = self._unsent
         while unsent:
@@ -335,7 +342,13 @@ class _LaneConnection:
                 break
             if int.from_bytes(event[:2], "little") == zmq.EVENT_DISCONNECTED:
                 self._drain()  # answers that arrived before the end still count
+                self._up = False
                 self._lost()
+            else:
+                # The dead connection's pipe is dropped only when its end is taken in, which
+                # this does; a send before would go into that pipe and be lost.
+                self._socket.getsockopt(zmq.EVENTS)
+                self._up = True
         self._schedule()
 
     def _lost(self) -> None:
@@ -557,7 +570,7 @@ class Connections:
             channel.close()
         self._channels.clear()
         if self._own:
-            self.context.term()
+            self.context.destroy(linger=0)
 
 
 def operator_call(
