@@ -298,6 +298,9 @@ class Executor:
             if outcome is None:
                 return
             result.update(outcome.result)
+            if step is row.steps[-1]:
+                # Nothing advances after the last step: its data reaches the end plan this way.
+                result.update(outcome.data)
             if outcome.data:
                 operation = replace(operation, data={**operation.data, **outcome.data})
             pending = (*_events_of(step, self.replica.view, operation), *outcome.events)

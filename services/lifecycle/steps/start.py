@@ -351,7 +351,7 @@ class CreatePaused:
             timeout=DOMAIN_TIMEOUT_S,
             context=context.call(),
         )
-        return Outcome()
+        return Outcome(data={"spawned": "1"})
 
     async def undo(self, context: StepContext) -> None:
         await context.participants.domains.destroy(
