@@ -29,9 +29,7 @@ def render() -> str:
         methods = [m for m in METHODS.values() if m.service == service]
         used = [c for c in callers if any(c in m.callers for m in methods)]
         lines.append(f"## {service.rpartition('.')[2]}\n")
-        lines.append(
-            "| Method | " + " | ".join(used) + " | effect | lane | time limit | repeat |"
-        )
+        lines.append("| Method | " + " | ".join(used) + " | effect | lane | time limit | repeat |")
         lines.append("|---" * (len(used) + 5) + "|")
         for method in methods:
             marks = [" x " if caller in method.callers else "   " for caller in used]

@@ -79,6 +79,10 @@ class Instance:
         self._running.append((context, zap, server, lock))
         return context, server
 
+    def zap(self, server: Server) -> ZapHandler:
+        """The handler that lets connections in to that server."""
+        return next(row[1] for row in self._running if row[2] is server)
+
     async def stop(self, server: Server) -> None:
         """End one service."""
         for row in [r for r in self._running if r[2] is server]:
