@@ -13,6 +13,7 @@ As root (qemu:///system) it lives in a mount namespace with its own /dev without
 from __future__ import annotations
 
 import argparse
+import grp
 import os
 import pwd
 import shutil
@@ -26,7 +27,9 @@ from . import reaper, rooms
 # Names below the state directory. Short: sockets of guests lie below them in a session.
 SOCKET = "libvirt-sock"
 SEARCH = "/usr/sbin:/usr/bin:/sbin:/bin"
+# Who runs QEMU: known inside the namespace only, and in the group of running images.
 QEMU_USER = "libvirt-qemu"
+DISK_GROUP = "bulkhead-disk"
 
 _DAEMON = """unix_sock_dir = "{directory}"
 unix_sock_rw_perms = "0777"
@@ -83,6 +86,15 @@ def _prepare(directory: Path, owner: int) -> Path:
         _DAEMON.format(directory=directory, log=state / "log/libvirtd.log")
     )
     return state
+
+
+def qemu_account() -> tuple[str, str]:
+    """(user, group) of QEMU: root only where the services have no users of their own."""
+    try:
+        grp.getgrnam(DISK_GROUP)
+    except KeyError:
+        return "root", "root"
+    return QEMU_USER, DISK_GROUP
 
 
 def _accounts(state: Path, uid: int) -> None:
@@ -174,16 +186,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, required=True, help="directory of the instance")
     parser.add_argument("--session", action="store_true", help="serve qemu:///session")
     parser.add_argument("--uid", type=int, default=0, help="whom a session belongs to")
-    parser.add_argument("--qemu-user", default="root", help="who runs QEMU (system only)")
-    parser.add_argument("--qemu-group", default="root", help="QEMU's group (system only)")
+    parser.add_argument("--qemu-user", help="who runs QEMU (system only)")
+    parser.add_argument("--qemu-group", help="QEMU's group (system only)")
     options = parser.parse_args(argv)
+    user, group = qemu_account()
     try:
         return launch(
             options.root.absolute(),
             session=options.session,
             uid=options.uid,
-            user=options.qemu_user,
-            group=options.qemu_group,
+            user=options.qemu_user or user,
+            group=options.qemu_group or group,
         )
     except (LaunchError, OSError) as error:
         print(f"libvirtd cannot be started: {error}", file=sys.stderr)
