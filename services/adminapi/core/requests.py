@@ -65,6 +65,13 @@ _WINDOWS_FEATURES = {
     "timezone": "localtime",
     "no-monitor-layout": "1",
 }
+_BOOT_MODE_KEYS = ("kernelopts", "name", "default-user")
+_BOOT_MODE_CHOICES = (
+    "boot-mode.active",
+    "boot-mode.appvm-default",
+    "boot-mode.standalone-default",
+)
+_BOOT_MODE_LIMIT = 64
 _WINDOWS_PROPERTIES = {"maxmem": "0", "qrexec_timeout": "6000"}
 
 
@@ -118,10 +125,43 @@ def wishes(view: View, qube: Qube, features: Mapping[str, str]) -> Iterator[spec
             yield specs.SetFeature(qube.name, name, value)
     if features.get("anon-timezone") == "1":
         yield specs.SetFeature(qube.name, "anon-timezone", "1")
+    yield from boot_modes(qube, features)
     if features.get("os") in ("Windows", "Linux"):
         yield specs.SetFeature(qube.name, "os", features["os"])
         if features["os"] == "Windows" and features.get("qrexec") == "1":
             yield from _windows(qube)
+
+
+def boot_modes(qube: Qube, features: Mapping[str, str]) -> Iterator[specs.Command]:
+    """The boot modes that a template offers; one bad entry drops the whole set."""
+    wanted: dict[str, str] = {}
+    modes = {"default"}
+    seen: set[tuple[str, str]] = set()
+    for name, value in features.items():
+        parts = name.split(".")
+        if parts[0] != "boot-mode" or len(parts) < 2 or parts[1] not in _BOOT_MODE_KEYS:
+            continue
+        if len(parts) != 3 or not parts[2]:
+            return
+        if parts[2] == "default" and parts[1] != "name":
+            return
+        if parts[1] != "kernelopts" and (parts[1], value) in seen:
+            return
+        seen.add((parts[1], value))
+        if parts[1] == "kernelopts":
+            modes.add(parts[2])
+        wanted[name] = value
+    if not 1 <= len(wanted) <= _BOOT_MODE_LIMIT:
+        return
+    for choice in _BOOT_MODE_CHOICES:
+        if features.get(choice) in modes:
+            wanted[choice] = features[choice]
+    have = {name: v for name, v in qube.features.items() if name.startswith("boot-mode.")}
+    for name in sorted(have.keys() - wanted.keys()):
+        yield specs.RemoveFeature(qube.name, name)
+    for name in sorted(wanted):
+        if have.get(name) != wanted[name]:
+            yield specs.SetFeature(qube.name, name, wanted[name])
 
 
 def _windows(qube: Qube) -> Iterator[specs.Command]:
