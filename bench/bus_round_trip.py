@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import statistics
 import subprocess
 import sys
@@ -159,6 +160,7 @@ def main() -> int:
         socket.linger = 0
         socket.connect(endpoint)
         try:
+            gc.freeze()  # as serve() does
             samples = _run(_measure(settings, socket, scale))
         finally:
             for server in servers:

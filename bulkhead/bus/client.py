@@ -224,9 +224,9 @@ class _LaneConnection:
             raise self._refusal
         self._pending[request_id] = pending
         self._arm(pending.deadline)
-        # It leaves with the next turn of the loop, together with others of this one.
+        # The first one leaves at once, others of this turn of the loop together.
         self._unsent[request_id] = pending
-        if len(self._unsent) >= sockets.TOGETHER:
+        if not self._scheduled or len(self._unsent) >= sockets.TOGETHER:
             self._flush()
         self._schedule()
 
@@ -244,6 +244,9 @@ class _LaneConnection:
         while unsent:
             request_id = next(iter(unsent))
             pending = unsent[request_id]
+            if pending.future.done():  # its caller was cancelled: it must not run now
+                self.forget(request_id)
+                continue
             try:
                 send(PREFIX, more)
             except zmq.Again:
@@ -309,8 +312,15 @@ class _LaneConnection:
         pending = self._pending.get(request_id)
         if pending is None:
             return  # late, or the second answer of a call sent twice
-        if header.status.code == envelope_pb2.CODE_UNAVAILABLE and pending.method.idempotent:
-            error = from_status(header.status)
+        if pending.future.done():  # its caller was cancelled
+            self.forget(request_id)
+            return
+        if not header.HasField("status") or not header.status.code:
+            self.forget(request_id)
+            pending.future.set_result((header, untrusted_body))
+            return
+        error = from_status(header.status)
+        if error.code == "UNAVAILABLE" and pending.method.idempotent:
             pending.on_wire = False
             pending.last = error
             wait = max(error.retry_after_ms / 1000, pending.wait)
@@ -318,13 +328,8 @@ class _LaneConnection:
             if time.monotonic_ns() + wait * 1e9 < pending.deadline:
                 self._loop.call_later(wait, self._again, request_id, pending)
                 return
-            self.forget(request_id)
-            if not pending.future.done():
-                pending.future.set_exception(error)
-            return
         self.forget(request_id)
-        if not pending.future.done():
-            pending.future.set_result((header, untrusted_body))
+        pending.future.set_exception(error)
 
     def _again(self, request_id: bytes, pending: _Pending) -> None:
         if self._pending.get(request_id) is not pending or pending.on_wire:
@@ -387,7 +392,7 @@ class _LaneConnection:
         now = time.monotonic_ns()
         earliest = 0
         for request_id, pending in list(self._pending.items()):
-            if pending.deadline > now:
+            if pending.deadline > now and not pending.future.done():
                 if not earliest or pending.deadline < earliest:
                     earliest = pending.deadline
                 continue
@@ -453,10 +458,8 @@ class Channel:
         holds. Raises BusError. When outcome_unknown is set on it, the work may have been
         done.
         """
-        _, reply = await self.call_with_header(
-            method_full_name, request, reply_type, timeout=timeout, context=context, lane=lane
-        )
-        return reply
+        future = self._start(method_full_name, request, timeout, context, lane)
+        return self._parse(method_full_name, reply_type, (await future)[1])
 
     async def call_with_header(
         self,
@@ -469,6 +472,17 @@ class Channel:
         lane: Lane | None = None,
     ) -> tuple[envelope_pb2.ReplyHeader, R]:
         """As call(), with the reply's header: revision, seq, partial."""
+        header, body = await self._start(method_full_name, request, timeout, context, lane)
+        return header, self._parse(method_full_name, reply_type, body)
+
+    def _start(
+        self,
+        method_full_name: str,
+        request: Message,
+        timeout: float | None,
+        context: CallContext | None,
+        lane: Lane | None,
+    ) -> asyncio.Future[tuple[envelope_pb2.ReplyHeader, bytes]]:
         method = METHODS[method_full_name]
         given = context if context is not None else _NO_CONTEXT
         now = time.monotonic_ns()
@@ -479,7 +493,7 @@ class Channel:
             raise bus_error(
                 "DEADLINE_EXCEEDED", f"no time was left for {method_full_name}; it was not sent"
             )
-        request_id = given.request_id or secrets.token_bytes(16)
+        request_id = given.request_id or os.urandom(16)
         body = request.SerializeToString()
         if len(body) > BODY_LIMIT:
             raise bus_error(
@@ -489,18 +503,14 @@ class Channel:
                 limit=str(BODY_LIMIT),
             )
         header = request_header(method, given, request_id, deadline)
-        connection = self._lane(lane or method.lane)
         future: asyncio.Future[tuple[envelope_pb2.ReplyHeader, bytes]] = self.loop.create_future()
+        connection = self._lane(lane or method.lane)
         connection.start(request_id, _Pending(method, header, body, future, deadline))
+        return future
+
+    def _parse(self, method_full_name: str, reply_type: type[R], untrusted_body: bytes) -> R:
         try:
-            reply_header, untrusted_body = await future
-        except asyncio.CancelledError:
-            connection.forget(request_id)
-            raise
-        if reply_header.status.code:
-            raise from_status(reply_header.status)
-        try:
-            return reply_header, reply_type.FromString(untrusted_body)
+            return reply_type.FromString(untrusted_body)
         except DecodeError:
             raise bus_error(
                 "MALFORMED_REPLY", f"{self.service} sent no readable answer to {method_full_name}"

@@ -372,14 +372,13 @@ class Dispatcher:
 
     # ---- ends of a handler
 
-    def complete(self, work: Work, reply: object) -> None:
+    def complete(self, work: Work, reply: Any) -> None:
         """The handler returned: store the reply, send it to everyone who asked."""
         method, call = work.method, work.call
         if type(reply) is not method.reply_type:
             self.fail(work, TypeError(f"{method.full_name} returned {type(reply).__name__}"))
             return
-        assert isinstance(reply, Message)
-        body = reply.SerializeToString()
+        body: bytes = reply.SerializeToString()
         if len(body) > BODY_LIMIT:
             self.fail(
                 work,

@@ -99,6 +99,8 @@ def encode_reply_header(
     partial: bool = False,
 ) -> bytes:
     """The header frame of a reply; status None = OK."""
+    if status is None and not (revision or seq or partial):
+        return envelope_pb2.ReplyHeader(request_id=request_id).SerializeToString()
     return envelope_pb2.ReplyHeader(
         request_id=request_id, status=status, revision=revision, seq=seq, partial=partial
     ).SerializeToString()

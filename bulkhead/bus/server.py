@@ -300,6 +300,7 @@ class _LaneSocket:
     def _take_batch(self) -> bool:
         """Hand on what has arrived; True when there is no more."""
         receive, dispatch = self._receive, self._server.dispatcher.receive
+        together = 1  # the first reply does not wait for others
         for _ in range(_BATCH):
             try:
                 frame = receive(sockets.NOBLOCK, False)
@@ -316,8 +317,9 @@ class _LaneSocket:
                 if len(parts) < 4:
                     parts.append(frame.bytes)
             dispatch(self._lane, caller, (self, routing_id), parts)
-            if len(self._outbox) >= sockets.TOGETHER:
+            if self._outbox and len(self._outbox) >= together:
                 self._flush()
+                together = sockets.TOGETHER
         return False
 
 
