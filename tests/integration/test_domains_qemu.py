@@ -14,6 +14,7 @@ import pytest
 from bulkhead.api import domains_pb2 as pb
 from bulkhead.bus.errors import BusError
 from bulkhead.model.records import PowerFact
+from services.domains.adapters.libvirt_adapter import LibvirtHypervisor
 from services.domains.core.spec import DomainSpec
 from tests.contract.hypervisor_benches import QemuBench, qemu, replace, until
 from tests.contract.hypervisor_service import Service, boot, call, message, service
@@ -164,6 +165,10 @@ def test_a_guest_whose_monitor_hangs_holds_up_nobody(bench: QemuBench, tmp_path:
         with pytest.raises(BusError) as caught:
             await handlers.resume(pb.ResumeDomainRequest(boot=boot(stuck)), call(1.5))
         assert caught.value.reason == "HYPERVISOR_TIMEOUT"
+        # Its connection was cut, so the thread came back although QEMU still hangs.
+        hypervisor = handlers._hypervisor
+        assert isinstance(hypervisor, LibvirtHypervisor)
+        await until(lambda: hypervisor.lost == 0, 2, "the thread that was given up")
         began = time.monotonic()
         await handlers.resume(pb.ResumeDomainRequest(boot=boot(free)), call())
         await handlers.pause(pb.PauseDomainRequest(boot=boot(free)), call())

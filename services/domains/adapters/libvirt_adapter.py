@@ -37,10 +37,14 @@ from .libvirt_calls import Connection, Lane
 _R = TypeVar("_R")
 _log = logging.getLogger("domains.libvirt")
 
-WORKERS = 6
-WAITING = 256
-DESTROYERS = 2
-READERS = 2
+# Threads, each with a connection of its own, started at need. Only as many qubes as there
+# are workers can hang at once before others wait for one to be given up.
+WORKERS = 16
+WAITING = 512
+DESTROYERS = 8
+READERS = 16
+# One domain that does not answer shall not keep the list of all from being made.
+LOOK_S = 3.0
 RECONNECT_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 OPEN_S = 30.0
 QUBES_MARK = Path("/etc/qubes-release")
@@ -67,6 +71,11 @@ class LibvirtHypervisor:
     def flavour(self) -> Flavour:
         """For which XML is made; complete once a connection was up."""
         return self._flavour
+
+    @property
+    def lost(self) -> int:
+        """Threads that were given up and still hang in libvirt."""
+        return sum(lane.lost for lane in (self._work, self._destroy, self._read, self._watch))
 
     # ---- connection and events
 
@@ -191,15 +200,23 @@ class LibvirtHypervisor:
         )
 
     async def inventory(self, timeout: float) -> tuple[Domain, ...]:
-        def call(connection: libvirt.virConnect) -> tuple[Domain, ...]:
-            found = []
-            for handle in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
-                domain = self._shown(handle)
-                if domain is not None:
-                    found.append(domain)
-            return tuple(found)
+        def call(connection: libvirt.virConnect) -> list[str]:
+            handles = connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
+            return [handle.UUIDString() for handle in handles]
 
-        return await self._read.run(call, timeout)
+        uuids = await self._read.run(call, timeout)
+        found = await asyncio.gather(
+            *(self.describe(uuid, min(timeout, LOOK_S)) for uuid in uuids), return_exceptions=True
+        )
+        domains = []
+        for uuid, domain in zip(uuids, found, strict=True):
+            if isinstance(domain, Domain):
+                domains.append(domain)
+            elif isinstance(domain, HypervisorError) and domain.failure is Failure.TIMEOUT:
+                _log.warning("domain %s does not answer", uuid)
+            elif isinstance(domain, BaseException):
+                raise domain
+        return tuple(domains)
 
     async def describe(self, uuid: str, timeout: float) -> Domain | None:
         def call(connection: libvirt.virConnect) -> Domain | None:

@@ -253,15 +253,17 @@ class _Worker:
 
 
 class Lane:
-    """A fixed number of workers that share a bounded queue."""
+    """Workers that share a bounded queue; started at need, up to a fixed number."""
 
     def __init__(self, uri: str, name: str, workers: int, waiting: int) -> None:
         self.uri = uri
         self.name = name
         self.jobs: queue.Queue[_Job | None] = queue.Queue(waiting)
+        self._limit = workers
+        self._under_way = 0
         self._lost = 0
         self._lock = threading.Lock()
-        self._workers = [_Worker(self) for _ in range(workers)]
+        self._workers: list[_Worker] = []
 
     def back(self) -> None:
         """A thread that was given up has returned and ends."""
@@ -288,6 +290,9 @@ class Lane:
             raise HypervisorError(
                 Failure.BUSY, f"{self.jobs.maxsize} calls wait for libvirt already"
             ) from None
+        self._under_way += 1
+        if self._under_way > len(self._workers) < self._limit:
+            self._workers.append(_Worker(self))
         try:
             async with asyncio.timeout(timeout):
                 result: _R = await job.future
@@ -300,6 +305,8 @@ class Lane:
         except asyncio.CancelledError:
             self._give_up(job)
             raise
+        finally:
+            self._under_way -= 1
 
     def _give_up(self, job: _Job) -> None:
         """The thread may hang for ever: leave it, cut its connection, start another."""
@@ -309,12 +316,12 @@ class Lane:
             return
         with self._lock:
             self._lost += 1
-            self._workers = [w for w in self._workers if w is not worker]
         worker.lost = True
         connection = worker.connection
         if connection is not None:
             connection.cut()
-        self._workers.append(_Worker(self))
+        # Others may wait in the queue behind it.
+        self._workers[self._workers.index(worker)] = _Worker(self)
         _log.warning("a call on the %s lane hangs and was given up", self.name)
 
     def close(self) -> None:
