@@ -91,10 +91,13 @@ class _Item:
     freeze: Freeze | None
     future: asyncio.Future[Accepted]
     number: Callable[[int, int], None] | None
+    check: Callable[[], None] | None
     reply: tuple[str, bytes, bytes] | None = None
     messages: list[records_pb2.Change] | None = None  # its changes, encoded
 
     def plan(self, view: View, now: Numbers) -> Planned:
+        if self.check is not None:
+            self.check()
         return self.work.plan(view, now)
 
 
@@ -168,16 +171,17 @@ class Engine:
         origin: Origin,
         freeze: Freeze | None = None,
         number: Callable[[int, int], None] | None = None,
+        check: Callable[[], None] | None = None,
     ) -> Accepted:
         """Plan, make durable, apply, publish. number(revision, seq) is called before
-        freeze and before a refusal is raised. Raises what planning raised, or BusError
-        STORE_FULL, STORE_FAILED (nothing was changed), STORE_BROKEN (unknown), or
-        REGISTRY_BUSY."""
+        freeze and before a refusal is raised; check() before planning, it may raise.
+        Raises what planning raised, or BusError STORE_FULL, STORE_FAILED (nothing was
+        changed), STORE_BROKEN (unknown), or REGISTRY_BUSY."""
         if self._broken is not None:
             raise _error("STORE_BROKEN", "the registry is about to restart; ask again")
         if len(self._waiting) >= QUEUE_LIMIT:
             raise _error("REGISTRY_BUSY", "too many changes wait for the registry; ask later")
-        item = _Item(work, origin, freeze, self._loop.create_future(), number)
+        item = _Item(work, origin, freeze, self._loop.create_future(), number, check)
         self._waiting.append(item)
         if not self._committing:
             self._pump()

@@ -462,9 +462,8 @@ class RegistryHandlers:
                 return None
             return call.caller, call.request_id, call.freeze_reply(made[0])
 
-        call.check()
         origin = Origin(call.caller, call.source or ADMINVM_NAME, method)
-        accepted = await self._engine.submit(work, origin, freeze, number)
+        accepted = await self._engine.submit(work, origin, freeze, number, call.check)
         return made[0] if made else reply(accepted)
 
 

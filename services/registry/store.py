@@ -189,6 +189,8 @@ class _Opening:
                 return self._loaded(journal, row, data, decision.start)
             case Start.FROM_BLOB:
                 assert journal is not None and decision.row is not None and base is not None
+                # First see that the journal can really replace the file.
+                store = self._loaded(journal, decision.row, base, decision.start)
                 if decision.keep_beside:
                     hit("registry.load.before_keep")
                     kept = self.file.keep_beside(f"bad-{self.label}")
@@ -201,7 +203,6 @@ class _Opening:
                     self.warnings.append(
                         "qubes.xml was missing; it was made anew from the journal, nothing is lost"
                     )
-                store = self._loaded(journal, decision.row, base, decision.start)
                 checkpoint_now(store, "", self.now)
                 return store
             case Start.FOREIGN:
