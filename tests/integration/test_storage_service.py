@@ -742,3 +742,61 @@ def test_a_full_pool_says_so_and_keeps_what_was(xfs: Path) -> None:
                 assert clean.read_bytes()[:4096] == A
 
     asyncio.run(scenario())
+
+
+def test_calls_about_one_volume_take_turns_and_many_qubes_work_at_once(xfs: Path) -> None:
+    async def scenario() -> None:
+        async with a_world(xfs) as world:
+            await world.set_up()
+            names = [f"qube{number}" for number in range(12)]
+            await asyncio.gather(*(world.ensure(qube=name) for name in names))
+            disks = await asyncio.gather(*(world.start(qube=name) for name in names))
+            assert len(set(disks)) == len(names)
+            await world.ensure()
+            allowed = {"VOLUME_DIRTY", "VOLUME_IMPORTING", "VOLUME_NOT_IMPORTING"}
+            for turn in range(4):
+                outcomes = await asyncio.gather(
+                    world.start(),
+                    world.stop(),
+                    world.call(
+                        world.storage.resize,
+                        storage_pb2.ResizeRequest(
+                            owner=OWNER, volume=world.volume(), size=(5 + turn) * MIB
+                        ),
+                    ),
+                    world.call(
+                        world.storage.clear,
+                        storage_pb2.ClearRequest(owner=OWNER, volume=world.volume()),
+                        operation=f"clear-{turn}",
+                    ),
+                    world.call(
+                        world.storage.import_begin,
+                        storage_pb2.ImportBeginRequest(owner=OWNER, volume=world.volume()),
+                        operation=f"import-{turn}",
+                    ),
+                    world.call(
+                        world.storage.import_end,
+                        storage_pb2.ImportEndRequest(
+                            owner=OWNER, volume=world.volume(), success=True
+                        ),
+                        operation=f"import-{turn}",
+                    ),
+                    return_exceptions=True,
+                )
+                for outcome in outcomes:
+                    if isinstance(outcome, BaseException):
+                        assert isinstance(outcome, BusError), outcome
+                        assert outcome.reason in allowed, outcome
+                await world.call(
+                    world.storage.import_end,
+                    storage_pb2.ImportEndRequest(owner=OWNER, volume=world.volume()),
+                    operation=f"import-{turn}",
+                )
+                await world.stop()
+                state = await world.describe()
+                assert (state.is_dirty, state.importing, state.problem) == (False, False, "")
+                assert len(state.revisions) <= 1
+            left = [p.name for p in (world.root / "p/appvms/work").iterdir()]
+            assert [name for name in left if "~" in name or "-dirty" in name] == []
+
+    asyncio.run(scenario())
