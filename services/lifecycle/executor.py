@@ -37,6 +37,7 @@ log = logging.getLogger("bulkhead.lifecycle")
 _R = TypeVar("_R")
 
 REGISTRY_TIMEOUT_S = 10.0
+START_PATIENCE_S = 5.0
 
 
 class StepFailed(Exception):
@@ -118,6 +119,9 @@ class Executor:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._waiters: dict[str, list[asyncio.Future[Operation]]] = {}
         self._changed = asyncio.Event()
+        self._started = asyncio.Event()
+        # From the first entry on: a task may wait for one before there is an epoch.
+        replica.subscribe(self._entry)
 
     async def start(self) -> None:
         """Take a new epoch and adopt every unfinished operation."""
@@ -125,7 +129,7 @@ class Executor:
             registry_pb2.TakeEpochRequest(), timeout=REGISTRY_TIMEOUT_S
         )
         self.epoch = reply.epoch
-        self.replica.subscribe(self._entry)
+        self._started.set()
         for message in reply.unfinished:
             operation = codec.operation_from_proto(message)
             if operation.state is not OperationState.QUEUED:
@@ -168,7 +172,7 @@ class Executor:
 
     def adopt(self, operation: Operation) -> None:
         """Give a runnable operation its task, once."""
-        if operation.id in self._tasks or not saga.runnable(operation):
+        if not self.epoch or operation.id in self._tasks or not saga.runnable(operation):
             return
         self._take(operation, self._guarded(operation, self._run(operation)))
 
@@ -210,7 +214,16 @@ class Executor:
     # ---- submitting
 
     async def begin(self, spec: OperationSpec, context: CallContext) -> tuple[Operation, bool, int]:
-        """Begin an operation durably: (operation, joined an existing one, revision)."""
+        """Begin an operation durably: (operation, joined an existing one, revision).
+
+        BusError UNAVAILABLE while there is no epoch yet: the caller asks again.
+        """
+        try:
+            await asyncio.wait_for(self._started.wait(), START_PATIENCE_S)
+        except TimeoutError:
+            raise BusError(
+                "UNAVAILABLE", "STARTING", "lifecycle has no epoch from the registry yet"
+            ) from None
         request = registry_pb2.BeginRequest(
             spec=codec.spec_to_proto(spec),
             operation_id=str(uuid.uuid5(uuid.NAMESPACE_OID, f"op/{context.request_id.hex()}")),

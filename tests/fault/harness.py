@@ -244,6 +244,10 @@ def run_case(instance: Instance, pool: Path, scenario: Scenario, *stages: str) -
         reply = scenario.act(instance)
     except (OSError, TimeoutError) as error:
         reply = Reply("none", message=str(error))
+    # A failpoint after the answer (the end is durable, nobody waits) fires a little later.
+    deadline = time.monotonic() + 2.0
+    while len(instance.fired()) < len(stages) and time.monotonic() < deadline:
+        time.sleep(0.01)
     fired = instance.fired()
     instance.disarm()
     problems = wait_quiet(instance, pool)

@@ -29,10 +29,10 @@ from clients.cli.instance.accounts import Account, client_gid
 
 log = logging.getLogger("bulkhead.run")
 
-RESTART_DELAYS = (0.05, 0.2, 0.5, 1.0, 2.0, 5.0)
+RESTART_DELAYS = (0.02, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 STOP_GRACE_S = 10.0
 # A child that ran this long starts again without delay.
-SETTLED_S = 10.0
+SETTLED_S = 1.0
 
 
 class LaunchError(RuntimeError):
