@@ -41,7 +41,10 @@ SERVER = "192.0.2.1"
 SERVER2 = "192.0.2.2"
 SERVER6 = "2001:db8::1"
 NETVM = "99999999-9999-4999-8999-999999999999"
+# How long an answer may take: one that is expected not to come, and one that must come on
+# a machine that is busy.
 ANSWER_S = 0.6
+PATIENCE_S = 10.0
 
 
 def uuid_of(qid: int) -> str:
@@ -151,13 +154,15 @@ class Lab:
         thread.start()
         self._threads.append(thread)
 
-    def connect(self, qid: int, port: int, host: str = SERVER) -> socket.socket:
+    def connect(
+        self, qid: int, port: int, host: str = SERVER, patience: float = PATIENCE_S
+    ) -> socket.socket:
         """A TCP connection from a client; OSError (EHOSTUNREACH = rejected), TimeoutError."""
 
         def work() -> socket.socket:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             made = socket.socket(family, socket.SOCK_STREAM)
-            made.settimeout(ANSWER_S)
+            made.settimeout(patience)
             try:
                 made.connect((host, port))
                 assert made.recv(5) == b"hello"
@@ -168,10 +173,10 @@ class Lab:
 
         return inside(self.clients[qid], work)
 
-    def reach(self, qid: int, port: int, host: str = SERVER) -> str:
-        """ "yes", "rejected" or "silent" for a TCP connection."""
+    def reach(self, qid: int, port: int, host: str = SERVER, patience: float = ANSWER_S) -> str:
+        """ "yes", "rejected" or "silent" for a TCP connection, which gets patience seconds."""
         try:
-            self.connect(qid, port, host).close()
+            self.connect(qid, port, host, patience).close()
         except TimeoutError:
             return "silent"
         except OSError:
@@ -236,13 +241,16 @@ class Lab:
             name = line.split(": ")[1].partition("@")[0]
             if name.startswith((f"bh{self.names.tag}-", f"bu{self.names.tag}-")):
                 subprocess.run(["ip", "link", "del", name], check=False)
-        shutil.rmtree(self.root, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def lab() -> Iterator[Lab]:
-    """A netvm's namespace with an uplink to a server's, and no rules yet."""
-    root = Path(tempfile.mkdtemp(prefix="bhfw", dir="/tmp"))
+def lab(root: Path | None = None) -> Iterator[Lab]:
+    """A netvm's namespace with an uplink to a server's, and no rules yet.
+
+    root: the instance whose names are used; None: a directory that goes with the lab.
+    """
+    own_root = root is None
+    root = root or Path(tempfile.mkdtemp(prefix="bhfw", dir="/tmp"))
     names = Names.of_root(str(root))
     plumbing = Plumbing(names)
     server = f"bh{names.tag}-srv"
@@ -262,6 +270,8 @@ def lab() -> Iterator[Lab]:
         yield made
     finally:
         made.close()
+        if own_root:
+            shutil.rmtree(root, ignore_errors=True)
 
 
 class Place:
