@@ -34,7 +34,7 @@ async def build(context: ServiceContext) -> AdminApi:
     )
     policy.load()
     context.spawn(policy.follow(), "policy")
-    api = AdminApi(backend, Actions(backend, paused), policy)
+    api = AdminApi(backend, Actions(backend, policy, paused), policy)
     gateway = Gateway(api)
     inherited = os.environ.get(LISTEN_FDS_VARIABLE, "")
     if inherited:

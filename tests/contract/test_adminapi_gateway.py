@@ -117,7 +117,9 @@ class World:
         )
         self.backend = Backend(context)  # type: ignore[arg-type]
         self.api = AdminApi(
-            self.backend, Actions(self.backend, PausedList(directory / "paused")), DenyAll()
+            self.backend,
+            Actions(self.backend, DenyAll(), PausedList(directory / "paused")),
+            DenyAll(),
         )
         self.gateway = Gateway(self.api)
 
@@ -397,7 +399,7 @@ def test_calls_wait_for_the_first_view(run: Runner) -> None:
 
 def test_every_handler_of_the_table_is_there(run: Runner) -> None:
     async def test(world: World) -> None:
-        actions = Actions(world.backend, PausedList(world.path))
+        actions = Actions(world.backend, DenyAll(), PausedList(world.path))
         for call in calls.all_calls():
             if call.socket == "exec" or call.stream:
                 continue

@@ -21,7 +21,7 @@ from services.adminapi.core.answer import begin
 from services.adminapi.core.checks import Checked
 from services.adminapi.core.frame import Drop
 from services.adminapi.core.permission import DenyAll, may_see_event
-from services.adminapi.core.reads import ReadContext
+from services.adminapi.core.reads import ReadContext, qube_record
 from tests.fakes import admin_replay
 from tests.fakes.adminapi import DIRECTORY, TMPL_UUID, WORK_UUID, app, start_view
 
@@ -200,7 +200,9 @@ def test_state_in_the_list_follows_phase_and_power() -> None:
     assert text(ctx, "admin.vm.List", "work") == (
         f"work class=AppVM state=Paused uuid={WORK_UUID}\n"
     )
-    assert json.loads(text(ctx, "bulkhead.vm.GetAll", "work"))["properties"]["xid"] == {
+    qube = ctx.view.qube("work")
+    assert qube is not None
+    assert json.loads(qube_record(ctx.view, qube))["properties"]["xid"] == {
         "value": "3",
         "type": "int",
         "default": True,

@@ -98,33 +98,28 @@ def vm_list(context: ReadContext, request: Checked) -> str:
     )
 
 
-@_read("vm_get_all")
-def vm_get_all(context: ReadContext, request: Checked) -> str:
-    """One JSON object per line and listed qube: everything that a table of qubes shows.
+def qube_record(view: View, qube: Qube) -> str:
+    """A qube as a line of JSON: everything that a table of qubes shows.
 
     Keys: name class state uuid properties{name: {value type default}} features tags.
     """
-    view = context.view
-    parts = []
-    for qube in listed(context, request):
-        properties = {}
-        for row in rows_for(qube.klass):
-            properties[row.name] = {
-                "value": to_wire(row, evaluate(view, qube, row.name)),
-                "type": row.wire_type,
-                "default": is_default(view, qube, row.name),
-            }
-        record = {
-            "name": qube.name,
-            "class": qube.klass,
-            "state": power_state(view, qube),
-            "uuid": qube.uuid,
-            "properties": properties,
-            "features": dict(qube.features),
-            "tags": sorted(qube.tags),
+    properties = {}
+    for row in rows_for(qube.klass):
+        properties[row.name] = {
+            "value": to_wire(row, evaluate(view, qube, row.name)),
+            "type": row.wire_type,
+            "default": is_default(view, qube, row.name),
         }
-        parts.append(json.dumps(record, separators=(",", ":")) + "\n")
-    return "".join(parts)
+    record = {
+        "name": qube.name,
+        "class": qube.klass,
+        "state": power_state(view, qube),
+        "uuid": qube.uuid,
+        "properties": properties,
+        "features": dict(qube.features),
+        "tags": sorted(qube.tags),
+    }
+    return json.dumps(record, separators=(",", ":")) + "\n"
 
 
 # ---- properties
