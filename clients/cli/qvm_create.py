@@ -28,7 +28,7 @@ def work(args: argparse.Namespace, api: AdminClient) -> int:
     payload = f"name={args.name} label={label}"
     pools = [f" pool:{text}" if "=" in text else f" pool={text}" for text in args.pool]
     method = "admin.vm.CreateInPool" if pools else "admin.vm.Create"
-    with tool.progress(api, args.name, f"creating {args.name}", quiet=args.quiet):
+    with tool.progress(api, f"creating {args.name}", kind="CREATE", quiet=args.quiet):
         api.call(
             f"{method}.{args.klass}", arg=template, payload=(payload + "".join(pools)).encode()
         )

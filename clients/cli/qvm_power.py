@@ -47,7 +47,7 @@ def start_work(args: argparse.Namespace, api: AdminClient) -> int:
             if args.skip_if_running:
                 return
             raise tool.ToolError(f"{name} is {before[name]} already")
-        with tool.progress(api, name, f"starting {name}", quiet=args.quiet):
+        with tool.progress(api, f"starting {name}", kind="START", qube=name, quiet=args.quiet):
             api.call("admin.vm.Start", name)
 
     return _each(names, act, "started")

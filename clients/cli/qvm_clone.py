@@ -1,0 +1,181 @@
+"""qvm-clone: make a copy of a qube.
+
+Owns the order of calls that copies a qube where the daemon cannot do it in one operation.
+Must not know what single properties mean. Invariant: a clone that could not be finished is
+removed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+
+from clients.admin import AdminClient, exceptions
+from clients.cli import tool
+
+# What a clone has of its own: never copied.
+OWN = ("name", "qid", "uuid", "dispid", "label", "template", "installed_by_rpm")
+_FRONTEND = re.compile(r" frontend_domain='[^']*'")
+
+
+def work(args: argparse.Namespace, api: AdminClient) -> int:
+    """One operation of the daemon where it has it, else call by call."""
+    if args.source == args.name:
+        raise tool.UsageError("the clone needs another name")
+    pools = pool_words(args.pool)
+    words = [f"name={args.name}", *([f"class={args.klass}"] if args.klass else []), *pools]
+    title = f"cloning {args.source}"
+    try:
+        with tool.progress(api, title, kind="CLONE", qube=args.source, quiet=args.quiet):
+            api.call("bulkhead.vm.Clone", args.source, payload=" ".join(words).encode())
+    except tool.UNKNOWN_CALL as error:
+        # Refused for another reason, the first of these calls is refused for it too.
+        if args.verbose:
+            tool.complain(f"qvm-clone: not in one operation: {tool.sentence(error)}")
+        Copy(api, args.source, args.name, ignore_errors=args.ignore_errors).run(args.klass, pools)
+    return 0
+
+
+def pool_words(texts: Sequence[str]) -> list[str]:
+    """--pool options as words of the payload: POOL, or VOLUME=POOL (also VOLUME:POOL)."""
+    words = []
+    for text in texts:
+        volume, sign, pool = text.replace(":", "=", 1).partition("=")
+        words.append(f"pool:{volume}={pool}" if sign else f"pool={text}")
+    if len([word for word in words if word.startswith("pool=")]) > 1 or (
+        len(words) > 1 and any(word.startswith("pool=") for word in words)
+    ):
+        raise tool.UsageError("say one pool for all volumes, or VOLUME=POOL for each")
+    return words
+
+
+class Copy:
+    """A clone made of the calls that release 4.4 has."""
+
+    def __init__(self, api: AdminClient, source: str, name: str, *, ignore_errors: bool) -> None:
+        self._api = api
+        self._source = source
+        self._name = name
+        self._ignore = ignore_errors
+
+    def run(self, klass: str, pools: Sequence[str]) -> None:
+        """Create, copy, and remove again what could not be completed."""
+        api = self._api
+        source = next((q for q in api.qubes() if q.name == self._source), None)
+        if source is None:
+            raise tool.ToolError(f"there is no qube {self._source}")
+        self._create(klass or source.klass, pools)
+        try:
+            for copy in (
+                self._properties,
+                self._tags,
+                self._features,
+                self._notes,
+                self._firewall,
+                self._volumes,
+                self._devices,
+            ):
+                copy()
+        except BaseException:
+            api.call("admin.vm.Remove", self._name)
+            raise
+
+    def _create(self, klass: str, pools: Sequence[str]) -> None:
+        api = self._api
+        template = ""
+        if klass in ("AppVM", "DispVM"):
+            template = api.get(self._source, "template").value
+        label = api.get(self._source, "label").value
+        words = [f"name={self._name}", f"label={label}", *pools]
+        method = "admin.vm.CreateInPool" if pools else "admin.vm.Create"
+        api.call(f"{method}.{klass}", arg=template, payload=" ".join(words).encode())
+
+    def _put(self, what: str, method: str, arg: str = "", payload: bytes = b"") -> None:
+        try:
+            self._api.call(method, self._name, arg, payload)
+        except tool.FAILURES as error:
+            if not self._ignore:
+                raise
+            tool.complain(f"{what} was not copied: {tool.sentence(error)}")
+
+    def _properties(self) -> None:
+        for name, value in self._api.get_all(self._source).items():
+            if name not in OWN and not value.is_default:
+                payload = value.value.encode()
+                self._put(f"property {name}", "admin.vm.property.Set", name, payload)
+
+    def _tags(self) -> None:
+        for tag in self._api.lines("admin.vm.tag.List", self._source):
+            if not tag.startswith("created-by-"):
+                self._put(f"tag {tag}", "admin.vm.tag.Set", tag)
+
+    def _features(self) -> None:
+        for feature in self._api.lines("admin.vm.feature.List", self._source):
+            value = self._api.call("admin.vm.feature.Get", self._source, feature)
+            self._put(f"feature {feature}", "admin.vm.feature.Set", feature, value)
+
+    def _notes(self) -> None:
+        notes = self._api.call("admin.vm.notes.Get", self._source)
+        if notes:
+            self._put("the notes", "admin.vm.notes.Set", payload=notes)
+
+    def _firewall(self) -> None:
+        rules = self._api.call("admin.vm.firewall.Get", self._source)
+        if rules:
+            self._put("the firewall", "admin.vm.firewall.Set", payload=rules)
+
+    def _volumes(self) -> None:
+        api = self._api
+        there = api.lines("admin.vm.volume.List", self._source)
+        for volume in api.lines("admin.vm.volume.List", self._name):
+            info = api.info("admin.vm.volume.Info", self._name, volume)
+            if volume not in there or info.get("save_on_stop") != "True":
+                continue
+            token = api.call("admin.vm.volume.CloneFrom", self._source, volume)
+            api.call("admin.vm.volume.CloneTo", self._name, volume, token)
+
+    def _devices(self) -> None:
+        api = self._api
+        for devclass in api.lines("admin.deviceclass.List"):
+            try:
+                lines = api.lines(f"admin.vm.device.{devclass}.Assigned", self._source)
+            except exceptions.QubesException as error:
+                if not self._ignore:
+                    raise
+                tool.complain(f"{devclass} devices were not copied: {tool.sentence(error)}")
+                continue
+            for line in lines:
+                head, _, assignment = line.partition(" ")
+                self._put(
+                    f"{devclass} device {head}",
+                    f"admin.vm.device.{devclass}.Assign",
+                    device_argument(head),
+                    _FRONTEND.sub("", f" {assignment}").strip().encode(),
+                )
+
+
+def device_argument(ident: str) -> str:
+    """BACKEND+PORT:DEVICE as the argument of a call: no ":" and no "*" may stand there."""
+    return ident.replace(":", "+").replace("?******", "_______").replace("*", "_")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    made = tool.parser("qvm-clone", "Make a copy of a qube.")
+    made.add_argument("source", metavar="SRC_VMNAME")
+    made.add_argument("name", metavar="NEW_VMNAME")
+    made.add_argument("--class", "-C", dest="klass", default="", metavar="CLASS")
+    made.add_argument(
+        "--pool",
+        "-P",
+        "-p",
+        action="append",
+        default=[],
+        metavar="POOL|VOLUME=POOL",
+        help="where its volumes go",
+    )
+    made.add_argument(
+        "--ignore-errors", action="store_true", help="go on when something cannot be copied"
+    )
+    return tool.run(made, work, argv)
