@@ -38,8 +38,9 @@ class Settings:
 
     users: service -> uid; empty when isolated is False (all run as one user).
     hypervisor: "xen:///system", "qemu:///system", "qemu:///session" (also with
-    ?socket=) or "sim:". secret_fd: with isolated False, the inherited descriptor that
-    holds the per-start PLAIN secret.
+    ?socket=) or "sim:". uplink_namespace: through which the outermost network qubes
+    reach the world. qemu_user: who runs QEMU, "" where that is not ours to say.
+    libvirt_socket: of a private libvirtd, "" = where libvirt looks by itself.
     """
 
     root: Path
@@ -48,6 +49,15 @@ class Settings:
     users: dict[str, int] = field(default_factory=dict)
     uplink_namespace: str = ""
     qemu_user: str = ""
+    libvirt_socket: str = ""
+
+    @property
+    def connect_uri(self) -> str:
+        """What libvirt is opened with: the hypervisor, at the private socket if there is one."""
+        if not self.libvirt_socket or not self.hypervisor.startswith("qemu:///"):
+            return self.hypervisor
+        path = self.hypervisor.removeprefix("qemu://").split("?", 1)[0]
+        return f"qemu+unix://{path}?socket={self.libvirt_socket}"
 
     # ---- paths
 

@@ -232,6 +232,8 @@ def cmd_run(args: argparse.Namespace) -> int:
         isolated=isolated,
         users={name: account.uid for name, account in accounts.items()},
         uplink_namespace=args.uplink_namespace,
+        qemu_user="libvirt-qemu" if choice.own_libvirtd and isolated else "",
+        libvirt_socket=str(probe.bus_dir / "libvirt/libvirt-sock") if choice.own_libvirtd else "",
     )
     settings.check()
     layout.ensure(settings, accounts, _pool_dir(settings))

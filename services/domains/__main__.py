@@ -36,7 +36,7 @@ KEYS = "guest-keys"
 def _hypervisor(settings: Settings) -> Hypervisor:
     if settings.hypervisor.startswith("sim:"):
         return SimHypervisor(settings.service_dir("simhv") / SIM_SOCKET)
-    return LibvirtHypervisor(settings.hypervisor)
+    return LibvirtHypervisor(settings.connect_uri)
 
 
 def _keys(settings: Settings) -> GuestKeys:
@@ -53,6 +53,7 @@ async def build(context: ServiceContext) -> object:
     context.counters.update(reporter.counters)
     reporter.counters = context.counters
     hypervisor = _hypervisor(settings)
+    keys = _keys(settings)
 
     def flavour(host: HostInfo | None) -> Flavour:
         if isinstance(hypervisor, LibvirtHypervisor):
@@ -63,7 +64,7 @@ async def build(context: ServiceContext) -> object:
 
     handlers = DomainsHandlers(
         hypervisor,
-        _keys(settings),
+        keys,
         GuestDaemons(),
         MemoryManager(),
         reporter,
@@ -76,6 +77,8 @@ async def build(context: ServiceContext) -> object:
     await handlers.start()
     context.on_stop(handlers.stop)
     context.spawn(reporter.run(), "facts")
+    if isinstance(keys, QubesDbKeys):
+        context.spawn(handlers.watch_block(), "block devices")
     return handlers
 
 

@@ -70,6 +70,11 @@ def ensure_accounts() -> dict[str, Account]:
     return accounts
 
 
+def disk_gid() -> int:
+    """gid of the group that may open running images."""
+    return grp.getgrnam(DISK_GROUP).gr_gid
+
+
 def client_gid() -> int | None:
     """gid of the group whose members may use the Admin API socket, None without it."""
     try:

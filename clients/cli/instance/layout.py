@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from bulkhead.config import SERVICES, Settings
-from clients.cli.instance.accounts import Account
+from clients.cli.instance.accounts import Account, disk_gid
 
 
 def ensure(settings: Settings, accounts: Mapping[str, Account], pool_dir: Path | None) -> None:
@@ -25,7 +26,7 @@ def ensure(settings: Settings, accounts: Mapping[str, Account], pool_dir: Path |
     if not (settings.root / "run").exists():
         _directory(settings.root / "run", 0o755)
     _directory(settings.log_dir, 0o755)
-    _directory(settings.log_dir / "console", 0o750, accounts.get("domains"))
+    _directory(settings.log_dir / "console", 0o2770, _with_disk_group(accounts.get("domains")))
     _directory(settings.etc_dir, 0o755)
     _directory(settings.bus_dir, 0o755)
     # 0711: storage and firewall reach their own folders below but cannot list or write here.
@@ -44,6 +45,11 @@ def ensure(settings: Settings, accounts: Mapping[str, Account], pool_dir: Path |
     for service in (*SERVICES, "simhv", "libvirt"):
         owner = accounts.get("domains" if service in ("simhv", "libvirt") else service)
         _directory(settings.service_dir(service), 0o2710 if accounts else 0o700, owner)
+
+
+def _with_disk_group(account: Account | None) -> Account | None:
+    """The account with the group of running images, to which QEMU's user belongs."""
+    return replace(account, gid=disk_gid()) if account is not None else None
 
 
 def _directory(path: Path, mode: int, owner: Account | None = None) -> None:
