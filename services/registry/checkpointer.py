@@ -266,7 +266,7 @@ class Checkpointer:
         self._store.foreign_sha256 = digest
         self._log.error(
             "qubes.xml was changed by another program: it is left alone and the registry "
-            "serves its own state; decide with 'bulkhead adopt' or 'bulkhead discard'"
+            "serves its own state; decide with 'bulkhead resolve --adopt' or '--discard'"
         )
 
     # ---- notes

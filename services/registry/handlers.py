@@ -368,7 +368,9 @@ class RegistryHandlers:
         if self._checkpointer.problem:
             warnings.append(self._checkpointer.problem)
         if self._checkpointer.foreign:
-            warnings.append("qubes.xml was changed by another program; adopt or discard it")
+            warnings.append(
+                "qubes.xml was changed by another program; decide with 'bulkhead resolve'"
+            )
         quarantined = [
             f"{qube.name}: {'; '.join(qube.quarantine.splitlines())}"
             for qube in self._engine.view.qubes()

@@ -18,15 +18,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from bulkhead.durable import rename, unlink
 from bulkhead.failpoints import hit
 from bulkhead.model.records import Change, QubePut
 from bulkhead.model.view import View
-from services.registry.adapters.checkpoint import NotesFolder, StoreFile, set_aside
+from services.registry.adapters.checkpoint import (
+    NotesFolder,
+    StoreFile,
+    set_aside,
+    set_aside_orphans,
+)
 from services.registry.adapters.journal import (
     Journal,
     JournalCorrupt,
     JournalTooNew,
     NewStore,
+    Transaction,
+    salvage,
     sha256,
 )
 from services.registry.core.document import Documents, Picture, Unreadable
@@ -127,6 +135,7 @@ class _Opening:
         self.label = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now))
         self.file = StoreFile(state_dir / "qubes.xml")
         self.journal_path = state_dir / "journal.sqlite"
+        self.salvaged_path = state_dir / "journal.sqlite~salvaged"
         self.notes = NotesFolder(state_dir / "notes", qube_folders(state_dir))
         self.documents = Documents()
         self.warnings: list[str] = []
@@ -141,27 +150,68 @@ class _Opening:
             if journal is None:
                 raise
             journal.close()
-            self._lose_journal(error)
-            return self._with(None)
+            salvaged = self._lose_journal(error)
+            try:
+                return self._with(salvaged)
+            except JournalCorrupt as again:
+                if salvaged is None:
+                    raise StoreError(str(again)) from again
+                # What was salvaged does not decode: the file alone is left.
+                salvaged.close()
+                set_aside(self.journal_path, f"bad-{self.label}")
+                return self._with(None)
 
     def _journal(self) -> Journal | None:
+        set_aside_orphans(self.journal_path, f"orphan-{self.label}")
+        if not self.journal_path.exists() and self.salvaged_path.exists():
+            rename(self.salvaged_path, self.journal_path)
         try:
             return Journal.open(self.journal_path)
         except JournalTooNew as error:
             raise StoreError(str(error)) from error
         except JournalCorrupt as error:
-            self._lose_journal(error)
-            return None
+            return self._lose_journal(error)
 
-    def _lose_journal(self, error: JournalCorrupt) -> None:
+    def _lose_journal(self, error: JournalCorrupt) -> Journal | None:
+        """Rename a damaged journal beside; the one made of what it still gives, or None."""
+        salvaged = self._salvage()
         hit("registry.load.before_set_aside")
         kept = set_aside(self.journal_path, f"bad-{self.label}")
         hit("registry.load.after_set_aside")
+        if salvaged:
+            rename(self.salvaged_path, self.journal_path)
+            self.warnings.append(
+                f"{error}. It was renamed to {kept.name} and a new one was made of it; only "
+                f"older history is in that file alone"
+            )
+            return Journal.open(self.journal_path)
         self.warnings.append(
             f"{error}. It was renamed to {kept.name} and the state is what qubes.xml says: "
             f"changes of the last second before, unfinished operations and the history are "
             f"in that file only"
         )
+        return None
+
+    def _salvage(self) -> bool:
+        """Make a new journal of a damaged one, beside it; False where it is too damaged.
+
+        Killed at any point: while the old one is in its place, this is done again; after
+        that, the new one is taken.
+        """
+        unlink(self.salvaged_path)
+        data = self.file.read()
+        found = salvage(self.journal_path, sha256(data)) if data is not None else None
+        if data is None or found is None:
+            return False
+        row = next(iter(found.later.changes), None)
+        instruction = read_instruction(data)
+        if row is not None:
+            revision = row.revision - 1
+        else:
+            revision = instruction.revision if instruction is not None else 0
+        new = NewStore(str(uuid.uuid4()), revision, found.epoch, data, found.later)
+        Journal.create(self.salvaged_path, new).close()
+        return True
 
     def _with(self, journal: Journal | None) -> Store:
         data = self.file.read()
@@ -280,7 +330,7 @@ class _Opening:
         store.foreign_sha256 = sha256(edited)
         store.warnings.append(
             "qubes.xml was changed by another program; the registry serves its own state and "
-            "leaves the file alone until 'bulkhead adopt' or 'bulkhead discard'"
+            "leaves the file alone until 'bulkhead resolve --adopt' or '--discard'"
         )
         return store
 
@@ -288,9 +338,8 @@ class _Opening:
         if journal is not None:
             # It has no picture that anything could be replayed on.
             journal.close()
-            self._lose_journal(
-                JournalCorrupt(f"{self.journal_path} holds no copy of qubes.xml that verifies")
-            )
+            set_aside(self.journal_path, f"bad-{self.label}")
+            self.warnings.append(f"{self.journal_path} held no copy of qubes.xml that verifies")
         try:
             parsed, warnings = self.documents.parse(data)
         except Unreadable as error:
@@ -311,7 +360,7 @@ class _Opening:
                 # Above what participants may remember from the lost store.
                 epoch=int(self.now) if instruction is not None else 0,
                 document=data,
-                blobs=tuple(_notes_blobs(changes)),
+                later=Transaction(blobs=list(_notes_blobs(changes))),
             ),
         )
         view = assemble(changes, {}, [], [], [])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -226,6 +228,7 @@ SCENARIOS: dict[str, Scenario] = {
     "registry.load.before_keep": Scenario(prepare=tear),
     "registry.load.after_keep": Scenario(prepare=tear),
     "registry.load.before_set_aside": Scenario(prepare=spoil_journal),
+    "registry.load.during_set_aside": Scenario(prepare=spoil_journal),
     "registry.load.after_set_aside": Scenario(prepare=spoil_journal),
     "registry.load.before_new_journal": Scenario(prepare=drop_journal),
     "registry.load.after_new_journal": Scenario(prepare=drop_journal),
@@ -427,10 +430,48 @@ def test_a_damaged_journal_is_set_aside_with_a_clear_message(old_store: Path) ->
     assert list(old_store.glob("journal.sqlite.bad-*"))
 
 
+def spoil_replies(directory: Path) -> None:
+    """Damage that the state is not made of."""
+    path = directory / "journal.sqlite"
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        (page,) = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'reply'").fetchone()
+    with open(path, "r+b") as file:
+        file.seek((page - 1) * 4096)
+        file.write(b"\xff" * 512)
+
+
+@pytest.mark.parametrize(
+    "failpoint", ["", *(f"registry.load.{at}_set_aside" for at in ("before", "during", "after"))]
+)
+def test_a_journal_damaged_elsewhere_loses_nothing(old_store: Path, failpoint: str) -> None:
+    with Registry(old_store) as registry:
+        registry.call("take_epoch", registry_pb2.TakeEpochRequest())
+        spec = records_pb2.OperationSpec(start=records_pb2.StartSpec(qube="work"))
+        assert "reply" in registry.call("begin", registry_pb2.BeginRequest(spec=spec))
+        assert "reply" in registry.mutate("d8" * 16, **notes("unsaved"))
+        dump = registry.dump()
+        assert '"phase":"starting"' in dump
+        revision = registry.mutate("d9" * 16, **feature("unsaved"))["revision"]
+        dump = registry.dump()
+        registry.kill()
+    spoil_replies(old_store)
+    if failpoint:
+        with pytest.raises(Died):
+            with Registry(old_store, f"{failpoint}=kill"):
+                pass
+    with Registry(old_store) as registry:
+        assert registry.started["start"] == "REPLAY"
+        assert registry.started["revision"] == revision
+        assert registry.dump() == dump
+        assert registry.mutate("da" * 16, **feature("next"))["revision"] == revision + 1
+        registry.stop()
+    assert list(old_store.glob("journal.sqlite.bad-*"))
+    assert not list(old_store.glob("*~*"))
+
+
 def test_an_altered_change_is_noticed(old_store: Path) -> None:
     """The chain over the rows: a row that was tampered with is not replayed."""
-    import sqlite3
-
     with Registry(old_store) as registry:
         registry.mutate("d3" * 16, **feature("unsaved"))
         registry.kill()
@@ -448,8 +489,6 @@ def test_without_file_and_journal_nothing_is_served(tmp_path: Path) -> None:
 
 
 def test_a_newer_journal_is_refused(old_store: Path) -> None:
-    import sqlite3
-
     with sqlite3.connect(old_store / "journal.sqlite") as db:
         db.execute("PRAGMA user_version = 99")
     db.close()

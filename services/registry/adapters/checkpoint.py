@@ -122,15 +122,34 @@ class StoreFile:
                 left.unlink()
 
 
+_DATABASE_FILES = ("", "-wal", "-shm")
+
+
 def set_aside(path: Path, label: str) -> Path:
     """Rename a database and the files that belong to it ("-wal", "-shm"), durably;
-    returns the database's new name."""
+    returns the database's new name.
+
+    Killed in the middle, the database itself is away and set_aside_orphans() has to
+    follow: a log left in its place would be taken for that of the next database.
+    """
     target = _free_name(path, label)
-    for suffix in ("-wal", "-shm", ""):
+    for suffix in _DATABASE_FILES:
         with contextlib.suppress(FileNotFoundError):
             path.with_name(path.name + suffix).rename(target.with_name(target.name + suffix))
+        if not suffix:
+            hit("registry.load.during_set_aside")
     fsync_directory(path.parent)
     return target
+
+
+def set_aside_orphans(path: Path, label: str) -> None:
+    """Rename the files that belonged to a database which is not there any more."""
+    if path.exists():
+        return
+    target = _free_name(path, label)
+    for suffix in _DATABASE_FILES[1:]:
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name(path.name + suffix).rename(target.with_name(target.name + suffix))
 
 
 def _free_name(path: Path, label: str) -> Path:

@@ -15,6 +15,7 @@ import os
 import sqlite3
 import zlib
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -174,13 +175,14 @@ class Transaction:
 
 @dataclass(frozen=True, slots=True)
 class NewStore:
-    """The first content of a journal: what `document` (the qubes.xml beside it) holds."""
+    """The first content of a journal: what `document` (the qubes.xml beside it) holds at
+    `revision`, and what came after it (from another journal)."""
 
     store_id: str
     revision: int
     epoch: int
     document: bytes
-    blobs: tuple[Blob, ...] = ()
+    later: Transaction = field(default_factory=Transaction)
 
 
 def sha256(data: bytes) -> str:
@@ -264,7 +266,8 @@ class Journal:
                         ("base_revision", str(new.revision)),
                     ],
                 )
-                db.executemany("INSERT INTO blob VALUES(?, ?, ?)", new.blobs)
+                genesis = hashlib.sha256(new.store_id.encode()).digest()
+                _write(db, new.later, genesis)
                 db.execute(
                     "INSERT INTO checkpoint VALUES(?, ?, ?, ?, ?)",
                     (
@@ -392,51 +395,12 @@ class Journal:
     def commit(self, transaction: Transaction) -> None:
         """Make it durable. JournalFull and JournalRefused: nothing was changed;
         JournalBroken: unknown, the process must restart."""
-        db = self._db
-        revision, last = self._revision, self._hash
-        rows = []
-        for row in transaction.changes:
-            digest = row.hash(last)
-            rows.append(
-                (
-                    row.revision,
-                    row.time,
-                    row.caller,
-                    row.source,
-                    row.method,
-                    row.before,
-                    row.after,
-                    row.result,
-                    row.delta,
-                    last,
-                    digest,
-                )
-            )
-            revision, last = row.revision, digest
         with self._transaction():
-            db.executemany("INSERT INTO change VALUES(?,?,?,?,?,?,?,?,?,?,?)", rows)
-            for table, column, entries in (
-                ("operation", "id", transaction.operations),
-                ("record_hidden", "uuid", transaction.hidden),
-            ):
-                for key, at, body in entries:
-                    if body is None:
-                        db.execute(f"DELETE FROM {table} WHERE {column} = ?", (key,))
-                    else:
-                        db.execute(f"REPLACE INTO {table} VALUES(?, ?, ?)", (key, at, body))
-            for kind, key, body in transaction.blobs:
-                if body is None:
-                    db.execute("DELETE FROM blob WHERE kind = ? AND key = ?", (kind, key))
-                else:
-                    db.execute("REPLACE INTO blob VALUES(?, ?, ?)", (kind, key, body))
-            if transaction.replies:
-                db.executemany(
-                    "INSERT INTO reply(caller, request_id, time, body) VALUES(?, ?, ?, ?)",
-                    [(r.caller, r.request_id, r.time, r.body) for r in transaction.replies],
-                )
+            revision, last = _write(self._db, transaction, self._hash)
             if transaction.epoch is not None:
                 self._set_meta("epoch", str(transaction.epoch))
-        self._revision, self._hash = revision, last
+        if transaction.changes:
+            self._revision, self._hash = revision, last
         if transaction.epoch is not None:
             self._meta["epoch"] = str(transaction.epoch)
         hit("registry.commit.after_commit")
@@ -512,6 +476,115 @@ class Journal:
                 raise
 
 
+def _write(db: sqlite3.Connection, transaction: Transaction, last: bytes) -> tuple[int, bytes]:
+    """The rows of a transaction, chained to the hash `last`; (revision, hash) of its
+    last change."""
+    rows = []
+    revision = 0
+    for row in transaction.changes:
+        digest = row.hash(last)
+        rows.append(
+            (
+                row.revision,
+                row.time,
+                row.caller,
+                row.source,
+                row.method,
+                row.before,
+                row.after,
+                row.result,
+                row.delta,
+                last,
+                digest,
+            )
+        )
+        revision, last = row.revision, digest
+    db.executemany("INSERT INTO change VALUES(?,?,?,?,?,?,?,?,?,?,?)", rows)
+    for table, column, entries in (
+        ("operation", "id", transaction.operations),
+        ("record_hidden", "uuid", transaction.hidden),
+    ):
+        for key, at, body in entries:
+            if body is None:
+                db.execute(f"DELETE FROM {table} WHERE {column} = ?", (key,))
+            else:
+                db.execute(f"REPLACE INTO {table} VALUES(?, ?, ?)", (key, at, body))
+    for kind, key, body in transaction.blobs:
+        if body is None:
+            db.execute("DELETE FROM blob WHERE kind = ? AND key = ?", (kind, key))
+        else:
+            db.execute("REPLACE INTO blob VALUES(?, ?, ?)", (kind, key, body))
+    if transaction.replies:
+        db.executemany(
+            "INSERT INTO reply(caller, request_id, time, body) VALUES(?, ?, ?, ?)",
+            [(r.caller, r.request_id, r.time, r.body) for r in transaction.replies],
+        )
+    return revision, last
+
+
+@dataclass(frozen=True, slots=True)
+class Salvage:
+    """What a damaged journal still gives beside a document: the whole state; replies as
+    far as they can be read."""
+
+    store_id: str
+    epoch: int
+    later: Transaction
+
+
+def salvage(path: Path, document_sha256: str) -> Salvage | None:
+    """Read what followed the checkpoint of that document; None unless every row that the
+    state is made of is readable and the chain over the changes holds."""
+    try:
+        db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=1.0)
+    except sqlite3.Error:
+        return None
+    with closing(db):
+        try:
+            meta = dict(db.execute("SELECT key, value FROM meta"))
+            found = db.execute(
+                "SELECT covers FROM checkpoint WHERE sha256 = ?", (document_sha256,)
+            ).fetchone()
+            if found is None:
+                return None
+            hashed = [
+                HashedRow(ChangeRow(*values[:9]), values[9], values[10])
+                for values in db.execute(
+                    "SELECT * FROM change WHERE revision > ? ORDER BY revision", found
+                )
+            ]
+            expected = found[0] + 1
+            previous: bytes | None = None
+            for one in hashed:
+                held = previous in (None, one.previous_hash)
+                if one.row.revision != expected or not held:
+                    return None
+                if one.row.hash(one.previous_hash) != one.hash:
+                    return None
+                expected, previous = expected + 1, one.hash
+            later = Transaction(
+                changes=[one.row for one in hashed],
+                operations=list(db.execute("SELECT id, revision, body FROM operation")),
+                hidden=list(db.execute("SELECT uuid, revision, body FROM record_hidden")),
+                blobs=list(db.execute("SELECT kind, key, body FROM blob")),
+            )
+            # Something newer than the last row: rows are missing at the end.
+            newest = max([expected - 1, *(at for _, at, _ in later.operations)])
+            if newest >= expected:
+                return None
+            # Wanted, but not needed: whoever asks again runs again.
+            with contextlib.suppress(sqlite3.Error):
+                later.replies.extend(
+                    ReplyRow(*row)
+                    for row in db.execute(
+                        "SELECT caller, request_id, time, body FROM reply ORDER BY id"
+                    )
+                )
+            return Salvage(meta["store_id"], int(meta["epoch"]), later)
+        except (sqlite3.Error, KeyError, ValueError, TypeError):
+            return None
+
+
 def _connect(path: Path) -> sqlite3.Connection:
     # Used by one thread at a time, but opened by whichever starts the store.
     db = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
@@ -551,7 +624,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 def flush_log(path: Path) -> None:
     """Copy the write-ahead log back, beside the writer and without holding it up."""
-    with contextlib.closing(sqlite3.connect(path, timeout=1.0, isolation_level=None)) as db:
+    with closing(sqlite3.connect(path, timeout=1.0, isolation_level=None)) as db:
         # Busy is no error: the next one does it.
         with contextlib.suppress(sqlite3.OperationalError):
             db.execute("PRAGMA wal_checkpoint(PASSIVE)")
@@ -567,7 +640,7 @@ def history(
     order = "DESC" if newest_first else "ASC"
     with (
         _reading(path),
-        contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=1.0)) as db,
+        closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=1.0)) as db,
     ):
         rows = [
             HashedRow(ChangeRow(*values[:9]), values[9], values[10])
