@@ -16,6 +16,7 @@ from .adapters.guest_daemons import GuestDaemons, Programs
 from .adapters.guest_keys import FileKeys, GuestKeys, QubesDbKeys
 from .adapters.hypervisor import HostInfo, Hypervisor
 from .adapters.libvirt_adapter import LibvirtHypervisor
+from .adapters.namespaces import WithNamespaces
 from .adapters.qmemman import MemoryManager
 from .adapters.sim_adapter import SimHypervisor
 from .core.tracker import EpochGuard
@@ -31,12 +32,16 @@ except ImportError:
 
 SIM_SOCKET = "hv.sock"
 KEYS = "guest-keys"
+NAMESPACES = "namespaces"
 
 
 def _hypervisor(settings: Settings) -> Hypervisor:
     if settings.hypervisor.startswith("sim:"):
         return SimHypervisor(settings.service_dir("simhv") / SIM_SOCKET)
-    return LibvirtHypervisor(settings.connect_uri)
+    libvirt = LibvirtHypervisor(settings.connect_uri)
+    if settings.hypervisor.startswith("qemu:") and settings.isolated:
+        return WithNamespaces(libvirt, settings.service_dir("domains") / NAMESPACES)
+    return libvirt
 
 
 def _keys(settings: Settings) -> GuestKeys:
@@ -55,9 +60,11 @@ async def build(context: ServiceContext) -> object:
     hypervisor = _hypervisor(settings)
     keys = _keys(settings)
 
+    engine = hypervisor.behind if isinstance(hypervisor, WithNamespaces) else hypervisor
+
     def flavour(host: HostInfo | None) -> Flavour:
-        if isinstance(hypervisor, LibvirtHypervisor):
-            return hypervisor.flavour
+        if isinstance(engine, LibvirtHypervisor):
+            return engine.flavour
         return (
             Flavour("xen", qubes=True) if host is None or host.kind == "sim" else Flavour(host.kind)
         )

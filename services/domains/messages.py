@@ -102,6 +102,8 @@ def spec_from(message: domains_pb2.DomainSpec) -> DomainSpec:
         hostdevs=tuple(hostdev_from(hostdev) for hostdev in message.hostdevs),
         emulator=emulator,
         console_log=message.console_log,
+        qid=message.qid,
+        network_namespace=message.network_namespace,
     )
 
 

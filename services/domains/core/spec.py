@@ -115,6 +115,8 @@ class DomainSpec:
     hostdevs: tuple[HostdevSpec, ...] = ()
     emulator: EmulatorSpec = field(default_factory=EmulatorSpec)
     console_log: str = ""
+    qid: int = 0
+    network_namespace: bool = False
 
 
 def _refuse(what: str, untrusted_value: object, why: str) -> DomainsError:
