@@ -38,6 +38,7 @@ from .adapters.hypervisor import (
 )
 from .adapters.qmemman import MemoryManager
 from .core import spec as specs
+from .core.devices import BLOCK_KEYS, DeviceBook, block_facts
 from .core.guest_keys import check_subtree
 from .core.memory import MemoryLedger
 from .core.power import HALTED, PAUSED, PMSUSPENDED, RUNNING
@@ -49,6 +50,7 @@ from .reporter import Reporter
 WAITERS = 8
 DESCRIBE_S = 10.0
 RETRY_S = 1.0
+BLOCK_S = 5.0
 # Part of a deadline that is kept for the answer itself.
 MARGIN_S = 0.2
 
@@ -170,6 +172,7 @@ class DomainsHandlers:
         self._log = log or logging.getLogger("domains")
         self._base = base
         self._tracker = PowerTracker()
+        self._devices = DeviceBook()
         self._ledger = MemoryLedger()
         self._ledger_lock = asyncio.Lock()
         self._queue = QubeQueue()
@@ -213,6 +216,8 @@ class DomainsHandlers:
             if self._adopting is not None:
                 self._adopting.cancel()
             self._adopting = self._spawn(self._adopt())
+        elif event.news is News.DEVICES:
+            self._spawn(self._look_for_devices())
         elif event.news is News.DISCONNECTED:
             self._log.warning("the hypervisor is away")
         elif event.news is News.STOPPED and event.boot_id:
@@ -283,6 +288,8 @@ class DomainsHandlers:
             sighting = replace(sighting, agent=True)
         self._generation[uuid] += 1
         self._reporter.put(self._tracker.seen(sighting, self._base()))
+        self._devices.has(uuid, domain.name, domain.disks, domain.pci)
+        self._tell_devices()
 
     async def _end_again(self, uuid: str, boot_id: str) -> None:
         try:
@@ -297,6 +304,8 @@ class DomainsHandlers:
         self._agents.discard((uuid, boot_id))
         self._ledger.release(boot_id)
         if reports:
+            self._devices.gone(uuid)
+            self._tell_devices()
             self._spawn(self._forget(uuid, boot_id))
 
     async def _forget(self, uuid: str, boot_id: str) -> None:
@@ -333,8 +342,51 @@ class DomainsHandlers:
             known = self._tracker.current(uuid)
             if known is None or known.boot_id != boot_id:
                 await self._keys.drop(uuid, boot_id)
+        for domain in domains:
+            if domain.boot_id:
+                with contextlib.suppress(DomainsError):
+                    await self._look_for_block(Boot(domain.uuid, domain.boot_id, domain.name))
+        await self._look_for_devices()
         self._reporter.release()
         self._log.info("%d domains on %s %s", len(present), host.kind, self._uri)
+
+    # ---- devices
+
+    def _tell_devices(self) -> None:
+        facts = self._devices.facts()
+        told = self._reporter.table()
+        self._reporter.remove(key for key in told if key.startswith("device/") and key not in facts)
+        self._reporter.put(facts.values())
+
+    async def _look_for_devices(self) -> None:
+        """What the hypervisor knows of devices; a failure leaves the last picture."""
+        try:
+            self._devices.offer("host", await self._hypervisor.devices(DESCRIBE_S))
+        except (HypervisorError, TimeoutError) as error:
+            self._log.warning("devices cannot be listed: %s", error)
+            return
+        self._tell_devices()
+
+    async def _look_for_block(self, boot: Boot) -> None:
+        """What a guest says of its block devices."""
+        untrusted_keys = await self._keys.read(boot, BLOCK_KEYS)
+        known = self._tracker.current(boot.uuid)
+        if known is not None and known.boot_id == boot.boot_id:
+            self._devices.offer(boot.uuid, block_facts(boot.uuid, untrusted_keys))
+            self._tell_devices()
+
+    async def watch_block(self) -> None:
+        """Where guests write keys themselves: look again every few seconds. Never ends."""
+        while True:
+            await asyncio.sleep(BLOCK_S)
+            try:
+                domains = await self._hypervisor.inventory(DESCRIBE_S)
+            except HypervisorError:
+                continue
+            for domain in domains:
+                if domain.boot_id and domain.sighting.power == RUNNING:
+                    with contextlib.suppress(DomainsError):
+                        await self._look_for_block(Boot(domain.uuid, domain.boot_id, domain.name))
 
     async def _refresh_quietly(self, uuid: str) -> None:
         try:
@@ -723,6 +775,7 @@ class DomainsHandlers:
                 failpoints.hit("domains.attach.before")
                 await self._hypervisor.attach_disk(domain.uuid, disk, self._left(call))
                 failpoints.hit("domains.attach.after")
+                await self._after(domain.uuid, domain.boot_id, call)
         return domains_pb2.AttachDiskReply()
 
     @_answers
@@ -739,6 +792,7 @@ class DomainsHandlers:
                 failpoints.hit("domains.detach.before")
                 await self._hypervisor.detach_disk(domain.uuid, disk, self._left(call))
                 failpoints.hit("domains.detach.after")
+                await self._after(domain.uuid, domain.boot_id, call)
         return domains_pb2.DetachDiskReply()
 
     async def _bound_or_gone(self, boot: domains_pb2.BootRef, call: Call) -> Domain | None:
@@ -836,6 +890,11 @@ class DomainsHandlers:
                     list(request.removed),
                     request.replace_all,
                 )
+                if any(key.path.startswith(BLOCK_KEYS) for key in request.keys) or any(
+                    BLOCK_KEYS.startswith(path) or path.startswith(BLOCK_KEYS)
+                    for path in request.removed
+                ):
+                    await self._look_for_block(Boot(domain.uuid, domain.boot_id, domain.name))
         return domains_pb2.WriteGuestKeysReply()
 
     @_answers

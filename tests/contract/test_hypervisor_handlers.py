@@ -13,8 +13,9 @@ import pytest
 
 from bulkhead.api import control_pb2
 from bulkhead.api import domains_pb2 as pb
+from bulkhead.bus.dispatch import Call
 from bulkhead.bus.errors import BusError
-from bulkhead.model.records import HostFact
+from bulkhead.model.records import ADMINVM_UUID, DeviceFact, HostFact
 from services.domains.adapters.qmemman import MemoryManager
 from services.domains.core.reasons import REASONS
 from services.domains.core.spec import DomainSpec, InterfaceSpec
@@ -231,7 +232,7 @@ def test_a_dry_run_changes_nothing(sim: SimBench, tmp_path: Path) -> None:
         await started(running, spec)
         before = sim.control.guest(spec.uuid)
 
-        def dry() -> object:
+        def dry() -> Call:
             made = call()
             made.validate_only = True
             return made
@@ -241,17 +242,15 @@ def test_a_dry_run_changes_nothing(sim: SimBench, tmp_path: Path) -> None:
         nic = pb.InterfaceSpec(mac="00:16:3e:5e:6c:01")
         ref = boot(spec)
         for work in (
-            handlers.create_paused(message(other), dry()),  # type: ignore[arg-type]
-            handlers.pause(pb.PauseDomainRequest(boot=ref), dry()),  # type: ignore[arg-type]
-            handlers.suspend(pb.SuspendDomainRequest(boot=ref), dry()),  # type: ignore[arg-type]
-            handlers.shutdown(pb.ShutdownDomainRequest(boot=ref), dry()),  # type: ignore[arg-type]
-            handlers.destroy(pb.DestroyDomainRequest(boot=ref), dry()),  # type: ignore[arg-type]
-            handlers.attach_disk(pb.AttachDiskRequest(boot=ref, disk=disk), dry()),  # type: ignore[arg-type]
-            handlers.attach_interface(  # type: ignore[arg-type]
-                pb.AttachInterfaceRequest(boot=ref, interface=nic), dry()
-            ),
-            handlers.set_memory(pb.SetMemoryRequest(boot=ref, memory_mib=500), dry()),  # type: ignore[arg-type]
-            handlers.write_guest_keys(  # type: ignore[arg-type]
+            handlers.create_paused(message(other), dry()),
+            handlers.pause(pb.PauseDomainRequest(boot=ref), dry()),
+            handlers.suspend(pb.SuspendDomainRequest(boot=ref), dry()),
+            handlers.shutdown(pb.ShutdownDomainRequest(boot=ref), dry()),
+            handlers.destroy(pb.DestroyDomainRequest(boot=ref), dry()),
+            handlers.attach_disk(pb.AttachDiskRequest(boot=ref, disk=disk), dry()),
+            handlers.attach_interface(pb.AttachInterfaceRequest(boot=ref, interface=nic), dry()),
+            handlers.set_memory(pb.SetMemoryRequest(boot=ref, memory_mib=500), dry()),
+            handlers.write_guest_keys(
                 pb.WriteGuestKeysRequest(boot=ref, keys=[pb.GuestKey(path="/a", value="b")]), dry()
             ),
         ):
@@ -643,6 +642,95 @@ def test_a_guest_that_ends_while_its_agent_is_waited_for(sim: SimBench, tmp_path
         assert time.monotonic() - began < 2.0
 
     run(sim, tmp_path, body)
+
+
+# ---- devices
+
+
+def test_devices_are_told_with_who_has_them(sim: SimBench, tmp_path: Path) -> None:
+    usb, work = sim.spec(34), sim.spec(35)
+    pci = {
+        "devclass": "pci", "port": "00_1f.2", "device_id": "8086:9d23::p0c0330",
+        "interfaces": "p0c0330", "data": {"sbdf": "0000:00:1f.2"},
+    }  # fmt: skip
+
+    async def body(running: Service) -> None:
+        handlers, held = running.handlers, running.listener.held
+
+        def device(key: str) -> DeviceFact | None:
+            fact = held.get(f"device/{key}")
+            assert fact is None or isinstance(fact, DeviceFact)
+            return fact
+
+        await asyncio.to_thread(sim.control.devices, ADMINVM_UUID, pci)
+        await until(lambda: device(f"{ADMINVM_UUID}/pci/00_1f.2") is not None, 5, "dom0's device")
+        for spec in (usb, work):
+            await started(running, spec)
+        await handlers.write_guest_keys(
+            pb.WriteGuestKeysRequest(
+                boot=boot(usb),
+                keys=[
+                    pb.GuestKey(path=f"/qubes-block-devices/sda/{name}", value=value)
+                    for name, value in {"desc": "A stick", "size": "4096", "mode": "w"}.items()
+                ],
+            ),
+            call(),
+        )
+        sda = f"{usb.uuid}/block/sda"
+        await until(lambda: device(sda) is not None, 5, "the stick")
+        disk = pb.DiskSpec(
+            target="xvdi", path="/dev/sda", block=True, backend=usb.name, backend_uuid=usb.uuid
+        )
+        await handlers.attach_disk(pb.AttachDiskRequest(boot=boot(work), disk=disk), call())
+        await until(lambda: getattr(device(sda), "attached_to", "") == work.uuid, 5, "attachment")
+        fact = device(sda)
+        assert fact is not None
+        assert fact.attach_options == {
+            "frontend-dev": "xvdi", "read-only": "yes", "devtype": "disk",
+        }  # fmt: skip
+        await handlers.detach_disk(pb.DetachDiskRequest(boot=boot(work), disk=disk), call())
+        await until(lambda: getattr(device(sda), "attached_to", "?") == "", 5, "detachment")
+        await handlers.attach_disk(pb.AttachDiskRequest(boot=boot(work), disk=disk), call())
+        await asyncio.to_thread(sim.control.poweroff, work.uuid)
+        await until(lambda: getattr(device(sda), "attached_to", "?") == "", 5, "the frontend's end")
+        await asyncio.to_thread(sim.control.poweroff, usb.uuid)
+        await until(lambda: device(sda) is None, 5, "the backend's end")
+        assert device(f"{ADMINVM_UUID}/pci/00_1f.2") is not None
+        await asyncio.to_thread(sim.control.devices, ADMINVM_UUID)
+        await until(lambda: device(f"{ADMINVM_UUID}/pci/00_1f.2") is None, 5, "its removal")
+
+    run(sim, tmp_path, body)
+
+
+def test_attachments_are_found_again_after_a_restart(sim: SimBench, tmp_path: Path) -> None:
+    usb, work = sim.spec(36), sim.spec(37)
+    key = f"device/{usb.uuid}/block/sda"
+
+    async def before(running: Service) -> None:
+        for spec in (usb, work):
+            await started(running, spec)
+        await running.handlers.write_guest_keys(
+            pb.WriteGuestKeysRequest(
+                boot=boot(usb),
+                keys=[
+                    pb.GuestKey(path="/qubes-block-devices/sda/size", value="4096"),
+                    pb.GuestKey(path="/qubes-block-devices/sda/mode", value="r"),
+                ],
+            ),
+            call(),
+        )
+        disk = pb.DiskSpec(target="xvdi", path="/dev/sda", backend=usb.name, block=True)
+        await running.handlers.attach_disk(pb.AttachDiskRequest(boot=boot(work), disk=disk), call())
+        await running.reporter.flushed(5)
+        found.append(running.listener.held[key])
+
+    async def after(running: Service) -> None:
+        assert running.listener.held[key] == found[0]
+        assert getattr(found[0], "attached_to", "") == work.uuid
+
+    found: list[object] = []
+    run(sim, tmp_path, before)
+    run(sim, tmp_path, after)
 
 
 # ---- the rest

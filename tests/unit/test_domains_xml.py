@@ -142,6 +142,8 @@ CASES: dict[str, tuple[DomainSpec, Flavour]] = {
 
 # Fields that no hypervisor sees, and why.
 NOT_RENDERED = {
+    "qid": "taps and namespaces are named and made before the domain",
+    "network_namespace": "such a qube is no guest of a hypervisor",
     "disks.backend_uuid": "libvirt knows backends by name",
     "interfaces.backend_uuid": "libvirt knows backends by name",
 }

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from bulkhead.model.records import DeviceFact
 from services.domains.core.spec import DiskSpec, DomainSpec, InterfaceSpec
 from services.domains.core.tracker import Sighting
 
@@ -56,7 +57,11 @@ class HostInfo:
 
 @dataclass(frozen=True, slots=True)
 class Domain:
-    """One existing domain. console: path of its console, "" = none."""
+    """One existing domain.
+
+    console: path of its console, "" = none. disks: by Xen target names, in part only
+    what the hypervisor tells. pci: addresses such as "0000:03:00.0".
+    """
 
     sighting: Sighting
     name: str = ""
@@ -68,6 +73,8 @@ class Domain:
     vcpus: int = 0
     stubdom_cpu_time_ns: int | None = None
     stubdom_vcpus: int | None = None
+    disks: tuple[DiskSpec, ...] = ()
+    pci: tuple[str, ...] = ()
 
     @property
     def uuid(self) -> str:
@@ -85,6 +92,7 @@ class News(enum.Enum):
 
     CHANGED = "changed"  # look at uuid again
     STOPPED = "stopped"  # uuid is gone; boot_id where the hypervisor says it
+    DEVICES = "devices"  # what backends offer has changed
     CONNECTED = "connected"  # a connection is up (again): take inventory
     DISCONNECTED = "disconnected"  # nothing is known until CONNECTED
 
@@ -120,6 +128,9 @@ class Hypervisor(Protocol):
 
     async def describe(self, uuid: str, timeout: float) -> Domain | None:
         """The domain now, None when there is none."""
+
+    async def devices(self, timeout: float) -> tuple[DeviceFact, ...]:
+        """Devices that the host and the guests offer, as far as the hypervisor knows."""
 
     async def create_paused(self, spec: DomainSpec, timeout: float) -> Domain:
         """Start the domain with its CPUs stopped. EXISTS when the uuid has a domain."""

@@ -12,12 +12,14 @@ import contextlib
 import logging
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import libvirt
 
+from bulkhead.model.records import DeviceFact
+from services.domains.core.devices import pci_fact
 from services.domains.core.power import PMSUSPENDED, RUNNING, power_of, stop_reason_of
 from services.domains.core.spec import DiskSpec, DomainSpec, InterfaceSpec
 from services.domains.core.tracker import Sighting
@@ -31,6 +33,7 @@ from services.domains.core.xml import (
 )
 from services.domains.core.xml.qemu import target as qemu_target
 
+from . import pci
 from .hypervisor import Domain, Event, Failure, HostInfo, HypervisorError, News
 from .libvirt_calls import Connection, Lane
 
@@ -257,7 +260,38 @@ class LibvirtHypervisor:
             memory_max_kib=maximum,
             cpu_time_ns=cpu_time,
             vcpus=vcpus,
+            disks=self._disks(untrusted),
+            pci=tuple(_addresses(untrusted)),
         )
+
+    def _disks(self, description: ET.Element) -> tuple[DiskSpec, ...]:
+        found = []
+        for disk in description.iterfind("devices/disk"):
+            target, source = disk.find("target"), disk.find("source")
+            if target is None or source is None:
+                continue
+            device = target.get("dev") or ""
+            if self._flavour.hypervisor != "xen":
+                device = f"xvd{device[2:]}"
+            backend = disk.find("backenddomain")
+            found.append(
+                DiskSpec(
+                    target=device,
+                    path=source.get("file") or source.get("dev") or "",
+                    rw=disk.find("readonly") is None,
+                    devtype=disk.get("device") or "disk",
+                    block=source.get("dev") is not None,
+                    backend="" if backend is None else backend.get("name") or "",
+                )
+            )
+        return tuple(found)
+
+    async def devices(self, timeout: float) -> tuple[DeviceFact, ...]:
+        """PCI functions of this host; guests' block devices are in their keys."""
+        if self._kind == "test":
+            return ()
+        found = await asyncio.wait_for(asyncio.to_thread(pci.functions), timeout)
+        return tuple(pci_fact(function) for function in found)
 
     # ---- power
 
@@ -471,6 +505,15 @@ def _console(description: ET.Element) -> str:
         if path:
             return path
     return ""
+
+
+def _addresses(description: ET.Element) -> Iterator[str]:
+    for address in description.iterfind("devices/hostdev[@type='pci']/source/address"):
+        with contextlib.suppress(ValueError):
+            domain, bus, slot, function = (
+                int(address.get(name) or "0", 16) for name in ("domain", "bus", "slot", "function")
+            )
+            yield f"{domain:04x}:{bus:02x}:{slot:02x}.{function}"
 
 
 def _disk(domain: libvirt.virDomain, target: str) -> ET.Element | None:

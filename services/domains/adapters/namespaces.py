@@ -130,9 +130,6 @@ class WithNamespaces:
     async def devices(self, timeout: float) -> tuple[DeviceFact, ...]:
         return await self.behind.devices(timeout)
 
-    async def devices(self, timeout: float) -> tuple[DeviceFact, ...]:
-        return await self.behind.devices(timeout)
-
     async def create_paused(self, spec: DomainSpec, timeout: float) -> Domain:
         if not spec.network_namespace:
             return await self.behind.create_paused(spec, timeout)

@@ -14,10 +14,11 @@ import itertools
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from bulkhead.model.records import DeviceFact
 from services.domains.core.spec import DiskSpec, DomainSpec, InterfaceSpec
 from services.domains.core.tracker import Sighting
 
@@ -163,7 +164,16 @@ def _domain(shown: dict[str, Any]) -> Domain:
         memory_max_kib=shown["memory_max_kib"],
         cpu_time_ns=shown["cpu_time_ns"],
         vcpus=shown["vcpus"],
+        disks=tuple(_disk(row) for row in shown["disks"]),
+        pci=tuple(
+            f"{row['domain']:04x}:{row['bus']:02x}:{row['slot']:02x}.{row['function']}"
+            for row in shown["hostdevs"]
+        ),
     )
+
+
+def _disk(row: dict[str, Any]) -> DiskSpec:
+    return DiskSpec(**{field.name: row[field.name] for field in fields(DiskSpec)})
 
 
 class SimHypervisor:
@@ -230,6 +240,9 @@ class SimHypervisor:
     async def describe(self, uuid: str, timeout: float) -> Domain | None:
         shown = await self._call("describe", timeout, uuid=uuid)
         return None if shown is None else _domain(shown)
+
+    async def devices(self, timeout: float) -> tuple[DeviceFact, ...]:
+        return tuple(DeviceFact(**row) for row in await self._call("devices", timeout))
 
     async def create_paused(self, spec: DomainSpec, timeout: float) -> Domain:
         return _domain(await self._call("create_paused", timeout, spec=asdict(spec)))

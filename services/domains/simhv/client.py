@@ -150,6 +150,14 @@ class SimControl:
         """The guest's agent connects or goes."""
         self.call("guest_agent", uuid=uuid, connected=connected)
 
+    def devices(self, backend: str, *devices: dict[str, Any]) -> None:
+        """All that the backend (uuid; dom0 is the null uuid) offers from now on.
+
+        Rows have devclass and port, and may have device_id, fields, interfaces, data,
+        parent_port, parent_devclass. A guest's devices end with it.
+        """
+        self.call("set_devices", backend=backend, devices=list(devices))
+
     def guest(self, uuid: str) -> dict[str, Any]:
         """Everything about one domain: power, spec, disks, interfaces."""
         return dict(self.call("guest", uuid=uuid))

@@ -16,6 +16,7 @@ CPUS = 4
 MEMORY_MIB = 16384
 DOM0_MAXMEM_MIB = 4096
 SERVICES_KEPT = 256
+HOST_UUID = "00000000-0000-0000-0000-000000000000"
 
 
 class SimError(Exception):
@@ -79,6 +80,7 @@ class Machine:
         self._now = now
         self._domains: dict[str, SimDomain] = {}
         self._natures: dict[str, GuestNature] = {}
+        self._devices: dict[str, list[dict[str, Any]]] = {}
         self._next_xid = 1
 
     # ---- the host
@@ -98,6 +100,15 @@ class Machine:
     def describe(self, uuid: str) -> dict[str, Any] | None:
         domain = self._domains.get(uuid)
         return None if domain is None else self._shown(domain)
+
+    def devices(self) -> list[dict[str, Any]]:
+        """What the host and running backends offer, as rows of set_devices."""
+        return [
+            {"backend_uuid": backend, **row}
+            for backend, rows in self._devices.items()
+            if backend == HOST_UUID or backend in self._domains
+            for row in rows
+        ]
 
     # ---- the life of a domain
 
@@ -272,13 +283,17 @@ class Machine:
         domain.agent = connected
         self._changed(domain)
 
+    def set_devices(self, backend: str, devices: list[dict[str, Any]]) -> None:
+        """All that the backend (uuid) offers: rows {devclass, port, device_id, fields, ...}."""
+        self._devices[backend] = devices
+        self._notify({"news": "devices", "uuid": backend, "boot_id": ""})
+
     def guest(self, uuid: str) -> dict[str, Any]:
         """All that is known of the domain, its spec and devices too."""
         domain = self._need(uuid)
         return {
             **self._shown(domain),
             "spec": domain.spec,
-            "disks": domain.disks,
             "interfaces": domain.interfaces,
             "services": list(domain.services),
         }
@@ -288,6 +303,8 @@ class Machine:
         for domain in list(self._domains.values()):
             self._end(domain, "failed")
         self._natures.clear()
+        self._devices.clear()
+        self._notify({"news": "devices", "uuid": HOST_UUID, "boot_id": ""})
 
     # ---- inside
 
@@ -336,6 +353,8 @@ class Machine:
             "memory_max_kib": max(domain.maxmem, domain.memory) * 1024,
             "cpu_time_ns": domain.cpu_ns + int(running * 1e9),
             "vcpus": domain.vcpus,
+            "disks": list(domain.disks.values()),
+            "hostdevs": domain.spec["hostdevs"],
         }
 
     def _changed(self, domain: SimDomain) -> None:
@@ -356,6 +375,7 @@ class Machine:
 # The calls that domains makes; a fault can be put on each.
 CALLS: tuple[str, ...] = (
     "host",
+    "devices",
     "inventory",
     "describe",
     "create_paused",
@@ -376,4 +396,11 @@ CALLS: tuple[str, ...] = (
     "agent",
 )
 # What only a test asks.
-CONTROLS: tuple[str, ...] = ("set_nature", "guest_stop", "guest_agent", "guest", "reset")
+CONTROLS: tuple[str, ...] = (
+    "set_nature",
+    "set_devices",
+    "guest_stop",
+    "guest_agent",
+    "guest",
+    "reset",
+)
