@@ -241,6 +241,13 @@ class Actions:
         volume = request.dest.volume(request.arg)
         if volume is None:
             raise Refusal("PROTOCOL", f"{request.dest.name} has no volume {request.arg}")
+        if self._waiting_import(request) is not None:
+            # It would wait behind the other one, for as long as that one's writer likes.
+            raise Refusal(
+                "VOLUME_REFUSED",
+                f"an import into {request.arg} of {request.dest.name} waits for its data",
+                qube=request.dest.name,
+            )
         resize = bool(request.untrusted_payload)
         size = parse_import_size(request.untrusted_payload) if resize else 0
         operation = await self._backend.operate(
@@ -253,7 +260,7 @@ class Actions:
             raise WireRefusal("UNEXPECTED", f"operation {operation.id} gave no usable path")
         return f"{operation.data.get('size', size)} {path}"
 
-    def _open_import(self, request: Checked) -> Operation:
+    def _waiting_import(self, request: Checked) -> Operation | None:
         for operation in self._backend.view.operations_on(request.dest.uuid):
             spec = operation.spec
             if (
@@ -262,18 +269,20 @@ class Actions:
                 and operation.state is OperationState.WAITING_DATA
             ):
                 return operation
-        raise WireRefusal(
-            "IMPORT_NOT_RUNNING",
-            f"no import of {request.arg} of {request.dest.name} waits for data",
-            qube=request.dest.name,
-        )
+        return None
 
     async def import_end(self, request: Checked) -> str:
         """`ok` keeps the data, `fail\\nREASON` discards them."""
         word, _, untrusted_reason = ascii_text(request.untrusted_payload).partition("\n")
         if word not in ("ok", "fail"):
             raise Refusal("PROTOCOL", "the payload of ImportEnd is ok or fail and a reason")
-        operation = self._open_import(request)
+        operation = self._waiting_import(request)
+        if operation is None:
+            raise WireRefusal(
+                "IMPORT_NOT_RUNNING",
+                f"no import of {request.arg} of {request.dest.name} waits for data",
+                qube=request.dest.name,
+            )
         try:
             await self._backend.call(
                 "Lifecycle.FinishImport",
