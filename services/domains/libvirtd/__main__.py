@@ -133,6 +133,8 @@ def _room(state: Path, root: Path, uid: int) -> None:
 def launch(root: Path, *, session: bool, uid: int, user: str, group: str) -> int:
     """Run libvirtd until it ends; its exit status. LaunchError when it cannot start."""
     program = _program()
+    # QEMU's user passes through libvirt's folders, whatever mask we were started with.
+    os.umask(0o022)
     directory = directory_of(root)
     directory.mkdir(parents=True, exist_ok=True)
     privileged = os.getuid() == 0
