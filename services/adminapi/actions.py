@@ -111,7 +111,10 @@ class Actions:
         return found.state.console
 
     async def vm_get_all(self, request: Checked) -> str:
-        """One JSON object per listed qube and line; lets other calls pass in between."""
+        """One JSON object per listed qube and line: class, state, properties, features, tags.
+
+        Lets other calls pass in between.
+        """
         view = self._backend.view
         parts = []
         for number, qube in enumerate(list(listed(ReadContext(view, self._policy), request))):
@@ -513,7 +516,7 @@ class Actions:
         return ""
 
     async def notify_tools(self, request: Checked) -> str:
-        """The older form of features_request."""
+        """The source qube tells which tools it has; the older form of FeaturesRequest."""
         untrusted = await self._guest_keys(request.source, requests.TOOLS_PREFIX)
         await self._grant(request.source, requests.check_tools(untrusted))
         return ""

@@ -11,6 +11,7 @@ import pytest
 import services
 from bulkhead.bus.errors import REASONS as BUS_REASONS
 from bulkhead.model.refusal import REASONS as MODEL_REASONS
+from services.adminapi import reference
 from services.adminapi.core import calls
 from services.adminapi.core.exceptions import CLASSES
 from services.adminapi.core.reads import READS
@@ -91,3 +92,10 @@ def test_no_class_is_mapped_for_a_reason_that_nobody_has() -> None:
 
 def test_own_reasons_are_nobody_elses() -> None:
     assert not REASONS.keys() & (MODEL_REASONS.keys() | BUS_REASONS.keys())
+
+
+def test_the_reference_page_is_up_to_date() -> None:
+    page = METHODS.parents[3] / "docs" / "admin-api.md"
+    assert page.read_text() == reference.page(), (
+        "run: python -m services.adminapi.reference > docs/admin-api.md"
+    )

@@ -6,7 +6,10 @@ import json
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from bulkhead.model.grammar import parse_pairs
 from bulkhead.model.records import (
     Assignment,
     DeviceFact,
@@ -17,6 +20,7 @@ from bulkhead.model.records import (
     Run,
     WireEvent,
 )
+from services.adminapi.core import devices
 from services.adminapi.core.answer import begin
 from services.adminapi.core.checks import Checked
 from services.adminapi.core.frame import Drop
@@ -207,3 +211,23 @@ def test_state_in_the_list_follows_phase_and_power() -> None:
         "type": "int",
         "default": True,
     }
+
+
+@given(st.text(max_size=20), st.text(max_size=20))
+def test_a_guest_cannot_break_the_line_of_its_device(vendor: str, extra: str) -> None:
+    view = start_view()
+    fact = DeviceFact(
+        TMPL_UUID, "block", "sda", "1:2::b******", {"vendor": vendor}, data={"note": extra}
+    )
+    view.apply(FactPut(fact))
+    line = devices.available(view, view.qube("tmpl") or app(), "block", "")
+    head, _, rest = line.partition(" ")
+    assert head == "sda:1:2::b******" and line.count("\n") == 1
+    pairs = parse_pairs(rest)
+    assert pairs["port_id"] == "sda" and set(pairs) >= {"device_id", "devclass", "_note"}
+
+
+def test_an_assignment_with_unreadable_options_is_still_listed() -> None:
+    device = Assignment("block", "dom0", "sda", "*", "required", {"a": "\n"})
+    line = devices.assigned(replace(app(), devices=(device,)), "block", None)
+    assert "mode='required'" in line and "_a" not in line

@@ -72,7 +72,11 @@ def _device_line(view: View, backend: Qube, fact: DeviceFact) -> str:
 
 def _assignment_line(device: Assignment, frontend: Qube) -> str:
     name = DeviceName(device.backend, device.port, device.identity)
-    text = format_assignment(device.devclass, name, device.mode, device.options, frontend.name)
+    try:
+        text = format_assignment(device.devclass, name, device.mode, device.options, frontend.name)
+    except Refusal:
+        # Options that were stored by other means: the assignment still has to be seen.
+        text = format_assignment(device.devclass, name, device.mode, {}, frontend.name)
     return f"{device.backend}{_PORT_OWNER_SEPARATOR}{device.port}:{device.identity} {text}\n"
 
 
