@@ -41,6 +41,7 @@ from services.firewall.core.enforcement import (
     NamespaceGone,
 )
 from services.firewall.core.expiry import next_expiry, without_expired
+from services.firewall.core.flows import Flow
 from services.firewall.core.names import NameTable
 from services.firewall.core.reasons import REASONS
 from services.firewall.core.ruleset import Compiled, Target, Transaction
@@ -166,6 +167,8 @@ class RuleKeeper:
         self._log = log or logging.getLogger("firewall")
         self._locks = _Locks()
         self._applied: dict[str, Applied] = {}
+        # What the kernel has of each qube, as far as this process knows.
+        self._in_kernel: dict[str, tuple[Compiled, ...]] = {}
         self._netvms: dict[str, Netvm] = {}
         self._names = NameTable()
         self._qubes: dict[str, str] = {}
@@ -445,6 +448,7 @@ class RuleKeeper:
                     self._log.info("%s left with its namespace", found.target.qube)
             failpoints.hit("firewall.withdraw.after_kernel")
             self._applied.pop(uuid, None)
+            self._in_kernel.pop(uuid, None)
             await asyncio.to_thread(self._state.delete, "applied", uuid)
         self._names.keep_only(self._followed())
 
@@ -453,7 +457,7 @@ class RuleKeeper:
         enforcer = await self._enforcer(netvm)
         try:
             await self._change(netvm, enforcer, ruleset.withdraw(target))
-            await self._cut(enforcer, target, None, {})
+            await self._cut(enforcer, target, None)
         except KernelRefusal:
             # The table is not what was last made: make it again without the qube.
             applied = self._applied.pop(target.uuid)
@@ -501,7 +505,9 @@ class RuleKeeper:
                 await asyncio.to_thread(self._state.save, "applied", uuid, _note(current))
                 self._applied[uuid] = current
             failpoints.hit("firewall.apply.before_kernel")
-            transaction = ruleset.apply(target, self._compile(stored, current), places)
+            compiled = self._compile(stored, current)
+            before = self._in_kernel.pop(uuid, None)
+            transaction = ruleset.apply(target, compiled, places)
             try:
                 await self._change(netvm, enforcer, transaction)
             except KernelRefusal:
@@ -515,10 +521,14 @@ class RuleKeeper:
                 if old.uuid != uuid:
                     self._log.warning("%s took over the place of %s", target.qube, old.qube)
                     self._applied.pop(old.uuid, None)
+                    self._in_kernel.pop(old.uuid, None)
                     await asyncio.to_thread(self._state.delete, "applied", old.uuid)
             if wanted is None and former is not None and former.addresses != current.addresses:
                 await asyncio.to_thread(self._state.save, "applied", uuid, _note(current))
-            await self._cut(enforcer, target, stored.rules, current.addresses, current.strict)
+            if before is None or places or not flows.only_loosened(before, compiled):
+                await self._cut(enforcer, target, stored.rules, current)
+            # Known only from here on: a kill before the cut must lead to another one.
+            self._in_kernel[uuid] = compiled
             return enforcer.real
 
     def _displaced(self, target: Target, former: Applied | None) -> tuple[Target, ...]:
@@ -547,16 +557,16 @@ class RuleKeeper:
             if netvm is None:
                 return
             enforcer = await self._enforcer(netvm)
+            self._in_kernel.pop(uuid, None)
             await self._change(netvm, enforcer, ruleset.block(found.target))
-            await self._cut(enforcer, found.target, None, {})
+            await self._cut(enforcer, found.target, None)
 
     async def _cut(
         self,
         enforcer: Enforcer,
         target: Target,
         rules: Sequence[Rule] | None,
-        addresses: Mapping[str, tuple[str, ...]],
-        strict: bool = False,
+        applied: Applied | None = None,
     ) -> None:
         """End the flows that the rules forbid; rules None: all flows from or to the qube."""
         own = tuple(text for text in (target.ip, target.ip6) if text)
@@ -564,14 +574,23 @@ class RuleKeeper:
             return
         try:
             found = await enforcer.flows(own)
-            if rules is not None:
-                if strict and any(not addresses.get(name) for name in ruleset.host_names(rules)):
-                    rules = ()
-                found = tuple(flow for flow in found if flow.source in own)
-            dns = (*self._resolvers, *ruleset.VIRTUAL_RESOLVERS)
-            await enforcer.cut(flows.forbidden(found, rules, addresses, dns))
+            if rules is None or applied is None:
+                await enforcer.cut(found)
+                return
+            from_it = tuple(flow for flow in found if flow.source in own)
+            await enforcer.cut(self._forbidden(from_it, rules, applied))
         except KernelRefusal as error:
             self._log.error("flows of %s cannot be cut: %s", target.qube, error)
+
+    def _forbidden(
+        self, found: Sequence[Flow], rules: Sequence[Rule], applied: Applied
+    ) -> tuple[Flow, ...]:
+        names = ruleset.host_names(rules)
+        if applied.strict and not all(applied.addresses.get(name) for name in names):
+            return tuple(found)
+        rules = without_expired(rules, self._now())
+        dns = (*self._resolvers, *ruleset.VIRTUAL_RESOLVERS)
+        return flows.forbidden(found, rules, applied.addresses, dns)
 
     async def _enforcer(self, netvm: Netvm) -> Enforcer:
         if netvm.enforcer is None:
@@ -592,6 +611,7 @@ class RuleKeeper:
         clients: list[tuple[Target, Sequence[Compiled]]] = []
         for uuid, applied in self._clients(netvm.uuid, more or {}).items():
             stored = more[uuid][1] if more and uuid in more else await self.rules(uuid)
+            self._in_kernel.pop(uuid, None)
             clients.append((applied.target, self._compile(stored, applied)))
         whole = ruleset.define(netvm.uplink, netvm.resolvers, clients)
         await self._change(netvm, netvm.enforcer, whole)
@@ -698,11 +718,30 @@ class RuleKeeper:
             for uuid, applied in self._clients(netvm.uuid, {}).items():
                 compiled = self._compile(await self.rules(uuid), applied)
                 wanted[ruleset.tag(uuid)] = ruleset.mark_of(applied.target, compiled)
-            if not status.present or dict(status.marks) != wanted:
+            repaired = not status.present or dict(status.marks) != wanted
+            if repaired:
                 await self._define(netvm)
                 self._log.warning("the table of %s was made anew", netvm.namespace or netvm.uuid)
-                return True
-            return False
+            await self._cut_all(netvm, enforcer)
+            return repaired
+
+    async def _cut_all(self, netvm: Netvm, enforcer: Enforcer) -> None:
+        """End what the chains of all clients forbid: a kill may have come before the cut."""
+        clients = self._clients(netvm.uuid, {})
+        owners = {
+            text: uuid
+            for uuid, applied in clients.items()
+            for text in (applied.target.ip, applied.target.ip6)
+            if text
+        }
+        if not owners or not enforcer.real:
+            return
+        found = await enforcer.flows(tuple(owners))
+        for uuid, applied in clients.items():
+            own = tuple(flow for flow in found if owners.get(flow.source) == uuid)
+            if own:
+                rules = (await self.rules(uuid)).rules
+                await enforcer.cut(self._forbidden(own, rules or (), applied))
 
     async def check_netvms(self) -> tuple[str, ...]:
         """Compare every table with what it should be and repair it; what was found."""

@@ -490,6 +490,23 @@ def test_tightened_rules_cut_the_flows_that_they_forbid(world: World) -> None:
     run(story())
 
 
+def test_flows_that_a_kill_left_are_cut_at_the_start(world: World) -> None:
+    async def story() -> None:
+        keeper = await started(world)
+        await keeper.apply(target(), False)
+        await keeper.apply(target(B, 21), False)
+        await keeper.set_rules(A, "q20", ["action=accept proto=tcp dstports=443"])
+        web = Flow("10.137.0.20", "192.0.2.1", 6, 443)
+        mail = Flow("10.137.0.20", "192.0.2.1", 6, 25)
+        other = Flow("10.137.0.21", "192.0.2.1", 6, 25)
+        kernel = world.kernels["bh-net-6"]
+        kernel.tracked = [web, mail, other]
+        await world.keeper().adopt()
+        assert kernel.tracked == [web, other]
+
+    run(story())
+
+
 # ---- restart
 
 

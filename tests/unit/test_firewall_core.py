@@ -541,3 +541,53 @@ def test_frames_come_out_whole_however_they_are_cut(
 def test_frames_refuse_what_is_no_message(data: bytes) -> None:
     with pytest.raises(WireError):
         Frames().feed(data)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sure"),
+    [
+        (["action=accept"], ["action=accept"], True),
+        ([], ["action=accept dst4=1.2.3.4"], True),
+        (["action=accept"], [], False),
+        (["action=drop"], [], True),
+        (["action=accept"], ["action=drop dst4=1.2.3.4", "action=accept"], False),
+        (["action=drop dst4=1.2.3.4", "action=accept"], ["action=accept"], True),
+        (["action=accept dst4=1.2.3.4"], ["action=accept dst4=1.2.3.5"], False),
+        (
+            ["action=accept dst4=1.2.3.4", "action=drop"],
+            ["action=accept dst4=1.2.3.5", "action=accept dst4=1.2.3.4", "action=drop"],
+            True,
+        ),
+        (["action=drop", "action=accept"], ["action=accept", "action=drop"], False),
+    ],
+)
+def test_a_change_that_only_loosens_is_known(old: list[str], new: list[str], sure: bool) -> None:
+    before = ruleset.compile_rules(parse_lines(old), {})
+    after = ruleset.compile_rules(parse_lines(new), {})
+    assert flows.only_loosened(before, after) is sure
+
+
+@given(
+    st.lists(st.sampled_from(_LINES), max_size=5),
+    st.lists(st.sampled_from(_LINES), max_size=5),
+    st.sampled_from(["10.1.2.3", "10.139.1.1", "192.0.2.7", "8.8.8.8", "2001:db8::7", "fd00::1"]),
+    st.sampled_from([("tcp", 80), ("tcp", 53), ("udp", 53), ("icmp", 8)]),
+)
+def test_no_flow_ends_by_a_change_that_only_loosens(
+    old: list[str], new: list[str], destination: str, kind: tuple[str, int]
+) -> None:
+    proto, number = kind
+    before, after = parse_lines(old), parse_lines(new)
+    compiled = [ruleset.compile_rules(rules, ADDRESSES) for rules in (before, after)]
+    if not flows.only_loosened(*compiled):
+        return
+    numbers = {"tcp": 6, "udp": 17, "icmp": 58 if ":" in destination else 1}
+    flow = flows.Flow(
+        "10.137.0.20",
+        destination,
+        numbers[proto],
+        None if proto == "icmp" else number,
+        number if proto == "icmp" else None,
+    )
+    if flows.passes(flow, before, ADDRESSES, _DNS):
+        assert flows.passes(flow, after, ADDRESSES, _DNS)

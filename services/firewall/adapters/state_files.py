@@ -1,18 +1,18 @@
 """Notes that outlive this process but not the host: what is applied, up, unannounced.
 
 Owns small JSON files below one volatile directory. Must not know what they mean.
-Invariant: a note is whole or absent. All methods block for the time of a small write.
+Invariant: a note is whole or absent while the host runs; nothing is forced to the disk,
+because after a start of the host no note means anything. All methods block shortly.
 """
 
 from __future__ import annotations
 
 import json
+import secrets
 import uuid as uuids
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from bulkhead import durable
 
 KINDS: tuple[str, ...] = ("applied", "netvms", "pending")
 
@@ -32,11 +32,11 @@ class StateFiles:
 
     def save(self, kind: str, uuid: str, note: Mapping[str, Any]) -> None:
         """Replace the note. OSError."""
-        durable.write_file(self._path(kind, uuid), json.dumps(note).encode())
+        _replace(self._path(kind, uuid), json.dumps(note).encode())
 
     def delete(self, kind: str, uuid: str) -> None:
         """Remove the note, if there is one."""
-        durable.unlink(self._path(kind, uuid))
+        self._path(kind, uuid).unlink(missing_ok=True)
 
     def load(self, kind: str) -> dict[str, dict[str, Any]]:
         """uuid -> note. Leftovers of a killed write are removed; a note that is not JSON
@@ -58,4 +58,14 @@ class StateFiles:
 
     def mark_started(self) -> None:
         """What has to be done once per boot is done."""
-        durable.write_file(self._directory / "started", b"")
+        _replace(self._directory / "started", b"")
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f"{path.name}~{secrets.token_hex(4)}")
+    try:
+        temporary.write_bytes(data)
+        temporary.rename(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

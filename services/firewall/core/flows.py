@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from bulkhead.model.firewall_rules import Rule
-from services.firewall.core.ruleset import Addresses
+from services.firewall.core.ruleset import Addresses, Compiled
 
 _NUMBERS = {"icmp": (1, 58), "tcp": (6,), "udp": (17,)}
 
@@ -70,11 +70,29 @@ def passes(flow: Flow, rules: Sequence[Rule], addresses: Addresses, dns: Iterabl
     return False
 
 
+def only_loosened(old: Sequence[Compiled], new: Sequence[Compiled]) -> bool:
+    """True when nothing that the old chain accepted can be refused by the new one.
+
+    Sure for what people do most: rules that accept were added, rules that drop were
+    taken out. False means "not sure".
+    """
+    at = 0
+    for item in new:
+        while at < len(old) and not _same(old[at], item) and old[at].rule.action == "drop":
+            at += 1
+        if at < len(old) and _same(old[at], item):
+            at += 1
+        elif item.rule.action == "drop" and not item.inert:
+            return False
+    return all(item.rule.action == "drop" or item.inert for item in old[at:])
+
+
+def _same(one: Compiled, other: Compiled) -> bool:
+    return one.rule.action == other.rule.action and one.matches == other.matches
+
+
 def forbidden(
-    flows: Iterable[Flow],
-    rules: Sequence[Rule] | None,
-    addresses: Addresses,
-    dns: Sequence[str],
+    flows: Iterable[Flow], rules: Sequence[Rule], addresses: Addresses, dns: Sequence[str]
 ) -> tuple[Flow, ...]:
-    """The flows that the rules no longer let pass; rules None: all of them."""
-    return tuple(flow for flow in flows if rules is None or not passes(flow, rules, addresses, dns))
+    """The flows that the rules no longer let pass."""
+    return tuple(flow for flow in flows if not passes(flow, rules, addresses, dns))

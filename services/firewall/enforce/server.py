@@ -161,7 +161,7 @@ class EnforceServer:
         return {"text": self._kernel.listing(self._tag(untrusted_request))}
 
     def _flows(self, untrusted_request: dict[str, Any]) -> dict[str, Any]:
-        addresses = [str(text) for text in list(untrusted_request["addresses"])[:64]]
+        addresses = [str(text) for text in list(untrusted_request["addresses"])[:4096]]
         return {"flows": [asdict(flow) for flow in self._tracker.flows(addresses)]}
 
     def _cut(self, untrusted_request: dict[str, Any]) -> dict[str, Any]:
