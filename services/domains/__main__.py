@@ -96,7 +96,7 @@ def confinement(settings: Settings) -> Confinement:
     programs = Programs()
     return Confinement(
         read=(Path("/etc"), Path("/proc"), Path("/sys"), Path("/var/run")),
-        write=tuple(path for path in (programs.sockets,) if path.exists()),
+        write=tuple(path for path in (programs.sockets, Path("/dev/xen")) if path.exists()),
         execute=(Path("/usr/bin"), Path("/usr/sbin"))
         if programs.qrexec_daemon.exists() or settings.hypervisor == "qemu:///session"
         else (),

@@ -36,6 +36,7 @@ from services.domains.core.xml.qemu import target as qemu_target
 from . import pci
 from .hypervisor import Domain, Event, Failure, HostInfo, HypervisorError, News
 from .libvirt_calls import Connection, Lane
+from .xenstore import Xenstore
 
 _R = TypeVar("_R")
 _log = logging.getLogger("domains.libvirt")
@@ -56,7 +57,7 @@ QUBES_MARK = Path("/etc/qubes-release")
 class LibvirtHypervisor:
     """Hypervisor at a libvirt URI, for example "qemu:///session?socket=/run/x.sock"."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, xenstore: Xenstore | None = None) -> None:
         self.uri = uri
         self._work = Lane(uri, "work", WORKERS, WAITING)
         self._destroy = Lane(uri, "destroy", DESTROYERS, WAITING)
@@ -69,6 +70,7 @@ class LibvirtHypervisor:
         self._broken = asyncio.Event()
         self._kind = uri.partition(":")[0].partition("+")[0]
         self._flavour = Flavour("xen" if self._kind == "xen" else "qemu")
+        self._xenstore = xenstore or (Xenstore() if self._kind == "xen" else None)
 
     @property
     def flavour(self) -> Flavour:
@@ -241,16 +243,21 @@ class LibvirtHypervisor:
                 return None
             boot_id, epoch, started = _metadata(handle)
             untrusted = ET.fromstring(handle.XMLDesc())
+            stubdom_xid, stubdom_uuid, stubdom_time, stubdom_vcpus = self._stubdom(handle, xid)
         except libvirt.libvirtError as error:
             if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
                 return None
             raise
+        if started is None and self._xenstore is not None:
+            started = self._xenstore.start_time(handle.UUIDString())
         return Domain(
             sighting=Sighting(
                 uuid=handle.UUIDString(),
                 boot_id=boot_id,
                 power=power_of(True, state),
                 xid=xid,
+                stubdom_xid=stubdom_xid,
+                stubdom_uuid=stubdom_uuid,
                 start_time=started,
             ),
             name=handle.name(),
@@ -260,9 +267,26 @@ class LibvirtHypervisor:
             memory_max_kib=maximum,
             cpu_time_ns=cpu_time,
             vcpus=vcpus,
+            stubdom_cpu_time_ns=stubdom_time,
+            stubdom_vcpus=stubdom_vcpus,
             disks=self._disks(untrusted),
             pci=tuple(_addresses(untrusted)),
         )
+
+    def _stubdom(
+        self, handle: libvirt.virDomain, xid: int
+    ) -> tuple[int, str, int | None, int | None]:
+        """(xid, uuid, CPU time, vcpus) of the stubdomain; (-1, "", None, None) without one."""
+        if self._xenstore is None:
+            return -1, "", None, None
+        stubdom_xid, uuid = self._xenstore.stubdom(xid)
+        if stubdom_xid < 0:
+            return -1, "", None, None
+        try:
+            _, _, _, vcpus, cpu_time = handle.connect().lookupByID(stubdom_xid).info()
+        except libvirt.libvirtError:
+            return stubdom_xid, uuid, None, None  # it is gone by now, or libvirt hides it
+        return stubdom_xid, uuid, cpu_time, vcpus
 
     def _disks(self, description: ET.Element) -> tuple[DiskSpec, ...]:
         found = []
@@ -305,7 +329,15 @@ class LibvirtHypervisor:
                 handle.suspend()
             else:
                 handle = connection.createXML(text, libvirt.VIR_DOMAIN_START_PAUSED)
-            domain = self._shown(handle)
+            try:
+                if self._xenstore is not None and spec.maxmem_mib:
+                    limit = spec.maxmem_mib if spec.hotplug else 0
+                    self._xenstore.prepare_memory(handle.ID(), limit)
+                domain = self._shown(handle)
+            except OSError as error:
+                # Without its nodes the guest would never be balanced: better no guest.
+                handle.destroy()
+                raise HypervisorError(Failure.FAILED, str(error)) from error
             if domain is None:
                 raise HypervisorError(Failure.FAILED, f"{spec.name} ended while it was created")
             return domain
