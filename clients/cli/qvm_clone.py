@@ -20,21 +20,54 @@ _FRONTEND = re.compile(r" frontend_domain='[^']*'")
 
 
 def work(args: argparse.Namespace, api: AdminClient) -> int:
-    """One operation of the daemon where it has it, else call by call."""
-    if args.source == args.name:
-        raise tool.UsageError("the clone needs another name")
-    pools = pool_words(args.pool)
-    words = [f"name={args.name}", *([f"class={args.klass}"] if args.klass else []), *pools]
-    title = f"cloning {args.source}"
-    try:
-        with tool.progress(api, title, kind="CLONE", qube=args.source, quiet=args.quiet):
-            api.call("bulkhead.vm.Clone", args.source, payload=" ".join(words).encode())
-    except tool.UNKNOWN_CALL as error:
-        # Refused for another reason, the first of these calls is refused for it too.
-        if args.verbose:
-            tool.complain(f"qvm-clone: not in one operation: {tool.sentence(error)}")
-        Copy(api, args.source, args.name, ignore_errors=args.ignore_errors).run(args.klass, pools)
+    """Make the copy."""
+    clone(
+        api,
+        args.source,
+        args.name,
+        klass=args.klass,
+        pools=pool_words(args.pool),
+        ignore_errors=args.ignore_errors,
+        quiet=args.quiet,
+    )
     return 0
+
+
+def clone(
+    api: AdminClient,
+    source: str,
+    name: str,
+    *,
+    klass: str,
+    pools: Sequence[str],
+    ignore_errors: bool,
+    quiet: bool,
+) -> None:
+    """One operation of the daemon where it has it, else call by call.
+
+    klass "" = the source's; pools: words of pool_words().
+    """
+    if source == name:
+        raise tool.UsageError("the clone needs another name")
+    words = [f"name={name}", *([f"class={klass}"] if klass else []), *pools]
+    try:
+        with tool.progress(api, f"cloning {source}", kind="CLONE", qube=source, quiet=quiet):
+            api.call("bulkhead.vm.Clone", source, payload=" ".join(words).encode())
+    except tool.UNKNOWN_CALL:
+        # Refused for another reason, the first of these calls is refused for it too.
+        Copy(api, source, name, ignore_errors=ignore_errors).run(klass, pools)
+    except exceptions.QubesValueError:
+        # Not every change of class is one operation.
+        if not klass or klass == _class_of(api, source):
+            raise
+        Copy(api, source, name, ignore_errors=ignore_errors).run(klass, pools)
+
+
+def _class_of(api: AdminClient, name: str) -> str:
+    for line in api.qubes():
+        if line.name == name:
+            return line.klass
+    raise tool.ToolError(f"there is no qube {name}")
 
 
 def pool_words(texts: Sequence[str]) -> list[str]:
@@ -62,10 +95,7 @@ class Copy:
     def run(self, klass: str, pools: Sequence[str]) -> None:
         """Create, copy, and remove again what could not be completed."""
         api = self._api
-        source = next((q for q in api.qubes() if q.name == self._source), None)
-        if source is None:
-            raise tool.ToolError(f"there is no qube {self._source}")
-        self._create(klass or source.klass, pools)
+        self._create(klass or _class_of(api, self._source), pools)
         try:
             for copy in (
                 self._properties,
@@ -85,11 +115,20 @@ class Copy:
         api = self._api
         template = ""
         if klass in ("AppVM", "DispVM"):
-            template = api.get(self._source, "template").value
+            template = self._template()
+            if not template:
+                raise tool.ToolError(f"{self._source} has no template, a {klass} needs one")
         label = api.get(self._source, "label").value
         words = [f"name={self._name}", f"label={label}", *pools]
         method = "admin.vm.CreateInPool" if pools else "admin.vm.Create"
         api.call(f"{method}.{klass}", arg=template, payload=" ".join(words).encode())
+
+    def _template(self) -> str:
+        """The source's template, "" for a class without."""
+        try:
+            return self._api.get(self._source, "template").value
+        except exceptions.QubesNoSuchPropertyError:
+            return ""
 
     def _put(self, what: str, method: str, arg: str = "", payload: bytes = b"") -> None:
         try:
@@ -132,7 +171,12 @@ class Copy:
             info = api.info("admin.vm.volume.Info", self._name, volume)
             if volume not in there or info.get("save_on_stop") != "True":
                 continue
-            token = api.call("admin.vm.volume.CloneFrom", self._source, volume)
+            # What the source takes from its template at each start is to be had there.
+            origin = self._source
+            info = api.info("admin.vm.volume.Info", origin, volume)
+            if info.get("snap_on_start") == "True" and info.get("save_on_stop") != "True":
+                origin = self._template()
+            token = api.call("admin.vm.volume.CloneFrom", origin, volume)
             api.call("admin.vm.volume.CloneTo", self._name, volume, token)
 
     def _devices(self) -> None:

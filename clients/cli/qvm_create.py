@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from clients.admin import AdminClient
-from clients.cli import tool
+from clients.cli import qvm_clone, qvm_volume, tool
 
 WITH_TEMPLATE = ("AppVM", "DispVM")
 
@@ -18,36 +18,58 @@ def work(args: argparse.Namespace, api: AdminClient) -> int:
         return 0
     if not args.name:
         raise tool.UsageError("a name is needed")
-    settings = [_pair(text) for text in args.property]
-    label = args.label or next((value for key, value in settings if key == "label"), "")
+    settings = dict(tool.pair("--property", text) for text in args.property)
+    label = args.label or settings.pop("label", "")
+    template = args.template or settings.pop("template", "")
+    for key, option in (("label", args.label), ("template", args.template), ("name", args.name)):
+        if option and key in settings:
+            raise tool.UsageError(f"{key} is given twice")
     if not label:
         raise tool.UsageError("a label is needed: --label red")
-    template = args.template or next((value for key, value in settings if key == "template"), "")
-    if template and args.klass not in WITH_TEMPLATE:
-        raise tool.UsageError(f"a {args.klass} has no template; clone the template instead")
-    payload = f"name={args.name} label={label}"
-    pools = [f" pool:{text}" if "=" in text else f" pool={text}" for text in args.pool]
-    method = "admin.vm.CreateInPool" if pools else "admin.vm.Create"
-    with tool.progress(api, f"creating {args.name}", kind="CREATE", quiet=args.quiet):
-        api.call(
-            f"{method}.{args.klass}", arg=template, payload=(payload + "".join(pools)).encode()
+    klass = "DispVM" if args.disp else args.klass
+    pools = qvm_clone.pool_words(args.pool)
+    if template and klass == "StandaloneVM":
+        qvm_clone.clone(
+            api,
+            template,
+            args.name,
+            klass=klass,
+            pools=pools,
+            ignore_errors=False,
+            quiet=args.quiet,
         )
-    for key, value in settings:
-        if key in ("label", "template", "name"):
-            continue
-        try:
+        # Its root is the template's, the rest is its own.
+        settings = {"label": label, **settings}
+    elif template and klass not in WITH_TEMPLATE:
+        raise tool.UsageError(f"a {klass} has no template; qvm-clone copies one")
+    else:
+        _create(args, api, klass, template, [f"name={args.name}", f"label={label}"], pools)
+    try:
+        if template and klass == "StandaloneVM":
+            api.call("admin.vm.volume.Clear", args.name, "private")
+        for key, value in settings.items():
             api.set(args.name, key, value)
-        except Exception:
-            api.call("admin.vm.Remove", args.name)
-            raise
+        if args.root_copy_from:
+            qvm_volume.bring(
+                api, f"{args.name}:root", args.root_copy_from, None, resize=True, quiet=args.quiet
+            )
+    except BaseException:
+        api.call("admin.vm.Remove", args.name)
+        raise
     return 0
 
 
-def _pair(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise tool.UsageError(f"--property {text}: say NAME=VALUE")
-    return key, value
+def _create(
+    args: argparse.Namespace,
+    api: AdminClient,
+    klass: str,
+    template: str,
+    words: Sequence[str],
+    pools: Sequence[str],
+) -> None:
+    method = "admin.vm.CreateInPool" if pools else "admin.vm.Create"
+    with tool.progress(api, f"creating {args.name}", kind="CREATE", quiet=args.quiet):
+        api.call(f"{method}.{klass}", arg=template, payload=" ".join([*words, *pools]).encode())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,9 +77,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = tool.parser("qvm-create", "Make a new qube.")
     made.add_argument("name", nargs="?", metavar="VMNAME")
     made.add_argument("--class", "-C", dest="klass", default="AppVM", metavar="CLASS")
-    made.add_argument("--label", "-l")
-    made.add_argument("--template", "-t")
+    made.add_argument(
+        "--disp", action="store_true", help="a named disposable, the same as --class DispVM"
+    )
+    made.add_argument("--label", "-l", metavar="LABEL")
+    made.add_argument(
+        "--template",
+        "-t",
+        metavar="VMNAME",
+        help="for a StandaloneVM: whose root and settings it begins with",
+    )
     made.add_argument("--property", "--prop", action="append", default=[], metavar="NAME=VALUE")
-    made.add_argument("--pool", "-P", action="append", default=[], metavar="POOL or VOLUME=POOL")
+    made.add_argument(
+        "--pool",
+        "-P",
+        "-p",
+        action="append",
+        default=[],
+        metavar="POOL|VOLUME=POOL",
+        help="where its volumes go",
+    )
+    made.add_argument(
+        "--root-copy-from", "-r", metavar="FILE", help="import its root volume from a file"
+    )
     made.add_argument("--help-classes", action="store_true", help="list classes")
     return tool.run(made, work, argv)

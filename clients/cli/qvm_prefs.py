@@ -1,33 +1,31 @@
-"""qvm-prefs: look at and change a qube's properties."""
+"""qvm-prefs and qubes-prefs: look at and change properties of a qube or of the system.
+
+Owns how a property's value is written for people. Must not know what properties there are.
+Invariant: what is printed for a value can be given to set it.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 
-from clients.admin import AdminClient
+from clients.admin import AdminClient, PropertyValue
 from clients.cli import tool
 
-# Properties whose value is a qube; "none" means no qube.
-REFERENCES = (
-    "default_dispvm",
-    "netvm",
-    "template",
-    "guivm",
-    "audiovm",
-    "management_dispvm",
-    "relayvm",
-)
+_NO_QUBE = "None"
 
 
 def work(args: argparse.Namespace, api: AdminClient) -> int:
-    """List, get, set or reset."""
+    """List, get, set or reset; args.qube "" = the system."""
     if args.help_properties:
-        for name in api.lines("admin.vm.property.List", args.qube):
-            print(f"{name}\n    {api.text('admin.vm.property.Help', args.qube, name)}")
+        method = "admin.vm.property" if args.qube else "admin.property"
+        dest = args.qube or "dom0"
+        for name in api.lines(f"{method}.List", dest):
+            print(f"{name}\n    {api.text(f'{method}.Help', dest, name)}")
         return 0
     if not args.property:
+        if args.default:
+            raise tool.UsageError("--default needs a property")
         return _list(args, api)
     if args.default:
         if args.value is not None:
@@ -35,38 +33,64 @@ def work(args: argparse.Namespace, api: AdminClient) -> int:
         api.reset(args.qube, args.property)
         return 0
     if args.value is None:
-        print(api.get(args.qube, args.property).value)
+        print(shown(api.get(args.qube, args.property)))
         return 0
     value = args.value
-    if args.property in REFERENCES and value.lower() == "none":
+    if value.lower() == "none" and api.get(args.qube, args.property).type == "vm":
         value = ""
     api.set(args.qube, args.property, value)
     return 0
 
 
+def shown(value: PropertyValue) -> str:
+    """A value for people."""
+    return value.value or (_NO_QUBE if value.type in ("vm", "label") else "")
+
+
 def _list(args: argparse.Namespace, api: AdminClient) -> int:
     values = api.get_all(args.qube)
+    chosen = [
+        values[name]
+        for name in sorted(values)
+        if not (args.hide_default and values[name].is_default)
+    ]
     if args.json:
-        print(json.dumps({n: v.value for n, v in sorted(values.items())}, indent=1))
-        return 0
-    rows = []
-    for name in sorted(values):
-        value = values[name]
-        text = value.value
-        if not text and value.type in ("vm", "label"):
-            text = "None"
-        rows.append((name, "D" if value.is_default else "-", text))
-    tool.table(rows)
+        tool.as_json({value.name: value.value for value in chosen})
+    else:
+        tool.table((v.name, _mark(v), shown(v)) for v in chosen)
     return 0
 
 
+def _mark(value: PropertyValue) -> str:
+    """D by default, U without any value, - set."""
+    if not value.value and value.type in ("int", "bool"):
+        return "U"
+    return "D" if value.is_default else "-"
+
+
+def _options(made: argparse.ArgumentParser) -> None:
+    made.add_argument("property", nargs="?", metavar="PROPERTY")
+    made.add_argument("value", nargs="?", metavar="VALUE", help="none = no qube")
+    made.add_argument("--default", "--unset", "-D", action="store_true", help="back to the default")
+    made.add_argument("--hide-default", action="store_true", help="list only what is set")
+    made.add_argument("--help-properties", action="store_true", help="say what each one is")
+    tool.json_option(made)
+    # These say what the operands say already; scripts use them.
+    for option, letter in (("--get", "-g"), ("--set", "-s"), ("--list", "-l")):
+        made.add_argument(option, letter, action="store_true", help=argparse.SUPPRESS)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point."""
+    """Entry point of qvm-prefs."""
     made = tool.parser("qvm-prefs", "Look at and change a qube's properties.")
     made.add_argument("qube", metavar="VMNAME")
-    made.add_argument("property", nargs="?", metavar="PROPERTY")
-    made.add_argument("value", nargs="?", metavar="VALUE")
-    made.add_argument("--default", "--unset", "-D", action="store_true", help="back to the default")
-    made.add_argument("--help-properties", action="store_true", help="say what each one is")
-    made.add_argument("--json", action="store_true", help="a JSON object")
+    _options(made)
+    return tool.run(made, work, argv)
+
+
+def system(argv: Sequence[str] | None = None) -> int:
+    """Entry point of qubes-prefs."""
+    made = tool.parser("qubes-prefs", "Look at and change properties of the whole system.")
+    _options(made)
+    made.set_defaults(qube="")
     return tool.run(made, work, argv)

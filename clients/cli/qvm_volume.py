@@ -167,21 +167,35 @@ def clone_work(args: argparse.Namespace, api: AdminClient) -> int:
 
 def import_work(args: argparse.Namespace, api: AdminClient) -> int:
     """Replace a volume's data with those of a file or of stdin."""
-    qube, volume = volume_of(args.volume)
     if args.size and args.no_resize:
         raise tool.UsageError("--size and --no-resize exclude each other")
-    with _opened(args.path) as source:
-        size = _announced(args, api, source)
-        bar = tool.Bar(f"importing {args.volume}", quiet=args.quiet)
+    size = tool.size(args.size) if args.size else None
+    bring(api, args.volume, args.path, size, resize=not args.no_resize, quiet=args.quiet)
+    return 0
+
+
+def bring(
+    api: AdminClient, target: str, path: str, size: int | None, *, resize: bool, quiet: bool
+) -> None:
+    """Import into VMNAME:VOLUME from a path, "-" = stdin.
+
+    size: bytes that come, None = the file's, or without resize the volume's.
+    """
+    qube, volume = volume_of(target)
+    with _opened(path) as source:
+        if size is None and not resize:
+            size = int(api.info("admin.vm.volume.Info", qube, volume).get("size") or 0)
+        if size is None:
+            size = _size_of(source)
+        bar = tool.Bar(f"importing {target}", quiet=quiet)
         try:
             if api.path is None:
-                _through_qrexec(qube, volume, source, size, bar, resize=not args.no_resize)
+                _through_qrexec(qube, volume, source, size, bar, resize=resize)
             else:
                 internal = AdminClient(Path(api.path).with_name("qubesd.internal.sock"))
-                _into_path(internal, qube, volume, source, size, bar, resize=not args.no_resize)
+                _into_path(internal, qube, volume, source, size, bar, resize=resize)
         finally:
             bar.clear()
-    return 0
 
 
 @contextlib.contextmanager
@@ -194,13 +208,8 @@ def _opened(path: str) -> Iterator[IO[bytes]]:
             yield source
 
 
-def _announced(args: argparse.Namespace, api: AdminClient, source: IO[bytes]) -> int:
-    """How many bytes will come."""
-    if args.size:
-        return tool.size(args.size)
-    if args.no_resize:
-        info = api.info("admin.vm.volume.Info", *volume_of(args.volume))
-        return int(info.get("size") or 0)
+def _size_of(source: IO[bytes]) -> int:
+    """How many bytes a file or device has."""
     mode = os.fstat(source.fileno()).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
         raise tool.UsageError("the size of that is not known: say --size, or --no-resize")

@@ -243,7 +243,7 @@ def complain(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def each(names: Iterable[str], act: Callable[[str], None], verb: str) -> int:
+def each(names: Iterable[str], act: Callable[[str], object], verb: str) -> int:
     """Do it for every name; failures are told, the others still get their turn."""
     failed = 0
     for name in names:
