@@ -123,8 +123,8 @@ async def measure(directory: Path, namespace: str, bare: Bare) -> dict[str, Any]
 
         return EnforcerClient(spawn)
 
-    async def announce(uuid: str, boot: str, qube: str, digest: str | None) -> tuple[int, int]:
-        del uuid, boot, qube, digest
+    async def announce(uuid: str, event: bool, digest: str | None) -> tuple[int, int]:
+        del uuid, event, digest
         return 1, 1
 
     class NoNames:

@@ -44,12 +44,11 @@ async def build(context: ServiceContext, resolver_socket: socket.socket) -> Fire
     """The service's handlers, with everything noted before taken up again."""
     settings = context.settings
 
-    async def announce(uuid: str, boot_id: str, qube: str, digest: str | None) -> tuple[int, int]:
-        request = registry_pb2.AnnounceRequest(uuid=uuid, boot_id=boot_id)
-        if qube:
-            request.events.append(
-                records_pb2.WireEvent(subject=qube, name="firewall-changed", subject_uuid=uuid)
-            )
+    async def announce(uuid: str, event: bool, digest: str | None) -> tuple[int, int]:
+        request = registry_pb2.AnnounceRequest(uuid=uuid)
+        if event:
+            # The registry names the subject: rules are kept by uuid, and names change.
+            request.events.append(records_pb2.WireEvent(name="firewall-changed", subject_uuid=uuid))
         if digest is not None:
             request.rules_digest = digest
         header, _ = await context.channel("registry").call_with_header(

@@ -63,8 +63,8 @@ class Resolver(Protocol):
         """(addresses of both families, time to live in seconds). OSError, TimeoutError."""
 
 
-# (uuid, boot id, qube name or "", digest or None) -> (revision, seq); BusError
-Announce = Callable[[str, str, str, str | None], Awaitable[tuple[int, int]]]
+# (uuid, with the event, digest or None) -> (revision, seq); BusError
+Announce = Callable[[str, bool, str | None], Awaitable[tuple[int, int]]]
 # namespace -> an enforcer for it; EnforcerGone
 OpenEnforcer = Callable[[str], Awaitable[Enforcer]]
 
@@ -240,7 +240,7 @@ class RuleKeeper:
     async def _note_pending(self, uuid: str, qube: str) -> dict[str, Any] | None:
         """Remember that the registry will have to hear of this; the earlier note, if any."""
         before = self._unannounced.get(uuid)
-        note = {"qube": qube}
+        note = {"qube": qube, "event": True}
         try:
             await asyncio.to_thread(self._state.save, "pending", uuid, note)
         except OSError as error:
@@ -765,30 +765,24 @@ class RuleKeeper:
             self._unannounced[uuid] = note
         if not self._state.started():
             for uuid in await asyncio.to_thread(self._files.uuids):
-                self._unannounced.setdefault(uuid, {"qube": ""})
+                self._unannounced.setdefault(uuid, {"qube": "", "event": False})
         self._wake_announce.set()
 
-    async def _tell(self, uuid: str) -> tuple[int, int]:
-        """Announce the stored digest and the event: (revision, seq).
+    async def _tell(self, uuid: str, event: bool = True) -> tuple[int, int]:
+        """Announce the stored digest, and the event: (revision, seq).
 
         The caller holds the qube's lock and has left the note. BusError when the registry
         does not answer: the note stays, and the announcement is made later.
         """
         stored = await self.rules(uuid)
-        applied = self._applied.get(uuid)
         value = "" if stored.is_default else None
         if stored.rules is not None and not stored.is_default:
             value = digest(stored.rules)
         failpoints.hit("firewall.announce.before")
         try:
-            revision, seq = await self._announce(
-                uuid,
-                applied.target.boot_id if applied else "",
-                self._qubes.get(uuid, ""),
-                value,
-            )
+            revision, seq = await self._announce(uuid, event, value)
         except BusError:
-            self._unannounced[uuid] = {"qube": self._qubes.get(uuid, "")}
+            self._unannounced[uuid] = {"qube": self._qubes.get(uuid, ""), "event": event}
             self._wake_announce.set()
             raise
         failpoints.hit("firewall.announce.after")
@@ -810,7 +804,7 @@ class RuleKeeper:
                         if note.get("qube"):
                             self._qubes.setdefault(uuid, str(note["qube"]))
                         try:
-                            await self._tell(uuid)
+                            await self._tell(uuid, bool(note.get("event", True)))
                         except BusError as error:
                             if error.reason in ("QUBE_NOT_FOUND", "INVALID_UUID"):
                                 # A file of a qube that is gone owes nothing.

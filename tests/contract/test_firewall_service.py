@@ -74,15 +74,15 @@ class World:
         self.rules = directory / "rules"
         self.rules.mkdir(exist_ok=True)
         self.kernels: dict[str, Kernel] = {}
-        self.announced: list[tuple[str, str, str, str | None]] = []
+        self.announced: list[tuple[str, bool, str | None]] = []
         self.registry_up = True
         self.names: dict[str, tuple[str, ...]] = {}
         self.now = 1_000_000.0
 
-    async def announce(self, uuid: str, boot: str, qube: str, value: str | None) -> tuple[int, int]:
+    async def announce(self, uuid: str, event: bool, value: str | None) -> tuple[int, int]:
         if not self.registry_up:
             raise BusError("UNAVAILABLE", "NOT_CONNECTED", "the registry is away")
-        self.announced.append((uuid, boot, qube, value))
+        self.announced.append((uuid, event, value))
         return len(self.announced), 100 + len(self.announced)
 
     async def open_enforcer(self, namespace: str) -> Enforcer:
@@ -177,7 +177,7 @@ def test_set_saves_announces_and_gets(world: World) -> None:
         value, applied, revision, seq = await keeper.set_rules(A, "work", lines)
         kept = parse_lines([lines[0], lines[2]])
         assert (value, applied, revision, seq) == (digest(kept), False, 1, 101)
-        assert world.announced == [(A, "", "work", value)]
+        assert world.announced == [(A, True, value)]
         assert await keeper.lines(A) == (tuple(map(api_line, kept)), False, value)
         assert not list((world.directory / "run/pending").iterdir())
 
@@ -219,7 +219,6 @@ def test_set_on_an_applied_qube_replaces_its_chain_in_one_transaction(world: Wor
         assert applied
         assert len(world.kernels["bh-net-6"].changes) == count + 1
         assert world.chain()[0].endswith('admin-prohibited comment "r0"')
-        assert world.announced[-1][1] == "boot"
 
     run(story())
 
@@ -300,7 +299,7 @@ def test_two_sets_at_once_end_as_one_of_the_two_everywhere(world: World) -> None
         await asyncio.gather(*(keeper.set_rules(A, "q20", lines) for lines in lists))
         lines, _, value = await keeper.lines(A)
         assert list(lines) in [[f"{line}/32" for line in one] for one in lists]
-        assert world.announced[-1][3] == value
+        assert world.announced[-1][2] == value
         last = lines[0].removeprefix("action=accept dst4=")
         assert world.chain()[0] == f'ip daddr {last} counter accept comment "r0"'
         assert len(world.chain()) == 21
@@ -320,7 +319,7 @@ def test_registry_that_is_away_hears_of_it_later(world: World) -> None:
             assert world.file(A) is not None
             world.registry_up = True
             await until(lambda: bool(world.announced))
-            assert world.announced[0][:3] == (A, "", "work")
+            assert world.announced[0][:2] == (A, True)
             await until(lambda: not list((world.directory / "run/pending").iterdir()))
 
     run(story())
@@ -543,7 +542,7 @@ def test_change_cut_short_is_announced_after_the_restart(world: World) -> None:
         await again.adopt()
         async with announcing(again):
             await until(lambda: bool(world.announced))
-        assert world.announced == [(A, "", "work", digest(()))]
+        assert world.announced == [(A, True, digest(()))]
 
     run(story())
 
@@ -555,7 +554,7 @@ def test_first_start_of_a_boot_announces_every_digest(world: World) -> None:
         await keeper.adopt()
         async with announcing(keeper):
             await until(lambda: (world.directory / "run/started").exists())
-        assert world.announced == [(A, "", "", digest(()))]
+        assert world.announced == [(A, False, digest(()))]
         again = world.keeper()
         await again.adopt()
         async with announcing(again):
@@ -584,7 +583,7 @@ def test_expired_rule_leaves_file_and_kernel_also_after_a_restart(world: World) 
         assert len(world.chain()) == 2
         assert (await again.lines(A))[0] == ("action=drop",)
         assert b"1.2.3.4" not in (world.file(A) or b"")
-        assert world.announced[-1] == (A, "boot", "q20", digest(parse_lines(["action=drop"])))
+        assert world.announced[-1] == (A, True, digest(parse_lines(["action=drop"])))
 
     run(story())
 
@@ -743,7 +742,7 @@ def test_caller_that_gives_up_does_not_stop_a_change_half_way(world: World) -> N
         await handlers.settle()
         lines, _, value = await keeper.lines(A)
         assert lines == ("action=drop",) and world.chain() != ACCEPT_ALL
-        assert world.announced[-1][3] == value
+        assert world.announced[-1][2] == value
 
     run(story())
 

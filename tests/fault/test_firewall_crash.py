@@ -57,7 +57,7 @@ class World:
     async def announce(self, request: Any, call: Call) -> registry_pb2.AnnounceReply:
         if request.HasField("rules_digest"):
             self.announced[request.uuid] = request.rules_digest
-        self.events += [(event.subject, event.name) for event in request.events]
+        self.events += [(event.subject_uuid, event.name) for event in request.events]
         call.revision, call.seq = 1, len(self.events) + 1
         return registry_pb2.AnnounceReply()
 
@@ -248,7 +248,7 @@ async def tell(world: World, caller: Caller, qid: int) -> None:
         "Inventory", firewall_pb2.FirewallInventoryRequest(), firewall_pb2.FirewallInventoryReply
     )
     assert not [item for item in left.items if item.uuid in (uuid, other)]
-    assert (name, "firewall-changed") in world.events
+    assert (uuid, "firewall-changed") in world.events
 
 
 async def _case(world: World, point: str) -> None:

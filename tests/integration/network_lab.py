@@ -287,7 +287,7 @@ class Place:
         self.names: dict[str, tuple[str, ...]] = {}
         self.keeper = self.new_keeper()
 
-    async def announce(self, uuid: str, boot: str, qube: str, value: str | None) -> tuple[int, int]:
+    async def announce(self, uuid: str, event: bool, value: str | None) -> tuple[int, int]:
         self.announced.append((uuid, value))
         return 1, 1
 

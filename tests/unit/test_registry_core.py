@@ -373,6 +373,12 @@ class TestAnnounce:
             announce.plan_announce(view, "firewall", U2, "", ())
         assert refused.value.reason == "QUBE_NOT_FOUND"
 
+    def test_event_of_the_qube_gets_its_name(self) -> None:
+        view = view_of(QubePut(qube()))
+        event = WireEvent("", "firewall-changed")
+        named = WireEvent("work", "firewall-changed", (), U1)
+        assert announce.plan_announce(view, "firewall", U1, "", (event,)) == (named,)
+
     def test_news_of_an_older_boot_are_dropped(self) -> None:
         view = view_of(QubePut(qube(run=Run(Phase.UP, "b2"))))
         event = WireEvent("work", "domain-paused", (), U1)

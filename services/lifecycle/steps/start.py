@@ -410,12 +410,13 @@ class Firewall:
     async def forward(self, context: StepContext) -> Outcome:
         qube = subject(context)
         view = context.view
+        peer = ""
         if boot.is_namespace_netvm(view, qube):
-            await _raise_netvm(context, qube)
+            peer = await _raise_netvm(context, qube)
         link = boot.link(view, qube)
         if link is None:
             return Outcome()
-        await apply_rules(context, qube, link)
+        await apply_rules(context, qube, link, peer)
         if boot.is_namespace_netvm(view, link.netvm) and not boot.is_namespace_netvm(view, qube):
             await plug(context, qube, link)
         return Outcome()
@@ -424,8 +425,11 @@ class Firewall:
         await withdraw(context, subject(context))
 
 
-async def _raise_netvm(context: StepContext, qube: Qube) -> None:
-    """The namespace has its enforce worker and base drop before any client arrives."""
+async def _raise_netvm(context: StepContext, qube: Qube) -> str:
+    """The namespace has its enforce worker and base drop before any client arrives.
+
+    Returns the interface that it is in its own netvm's namespace, "" without an uplink.
+    """
     hostd = context.participants.hostd
     assert hostd is not None  # a namespace exists only where hostd runs
     uplink = hostd_pb2.EnsureUplinkRequest(qid=qube.qid)
@@ -439,9 +443,9 @@ async def _raise_netvm(context: StepContext, qube: Qube) -> None:
         reply = await hostd.ensure_uplink(
             uplink, timeout=CALL_TIMEOUT_S, context=context.call("uplink")
         )
-        interface = reply.interface
+        interface, peer = reply.interface, reply.peer
     else:
-        interface = ""
+        interface = peer = ""
     await context.participants.firewall.netvm_up(
         firewall_pb2.NetvmUpRequest(
             uuid=qube.uuid,
@@ -452,6 +456,7 @@ async def _raise_netvm(context: StepContext, qube: Qube) -> None:
         timeout=CALL_TIMEOUT_S,
         context=context.call("netvm"),
     )
+    return peer
 
 
 async def namespace_of(context: StepContext, qube: Qube) -> str:
@@ -467,8 +472,23 @@ async def namespace_of(context: StepContext, qube: Qube) -> str:
     return reply.namespace
 
 
-async def apply_rules(context: StepContext, qube: Qube, link: boot.Link) -> None:
-    """The qube's rules are in the kernel, or in the guest netvm's keys."""
+async def apply_rules(
+    context: StepContext, qube: Qube, link: boot.Link, interface: str = ""
+) -> None:
+    """The qube's rules are in the kernel, or in the guest netvm's keys.
+
+    interface: its name in the netvm's namespace; "" = the qube's tap.
+    """
+    interface = interface or context.operation.data.get("tap", "")
+    hostd = context.participants.hostd
+    if not interface and hostd is not None and boot.is_namespace_netvm(context.view, link.netvm):
+        # An operation that made no tap: the one that the qube runs with.
+        tap = await hostd.ensure_tap(
+            hostd_pb2.EnsureTapRequest(qid=qube.qid),
+            timeout=CALL_TIMEOUT_S,
+            context=context.call("tap"),
+        )
+        interface = tap.tap
     reply = await context.participants.firewall.apply(
         firewall_pb2.ApplyRequest(
             target=firewall_pb2.FirewallTarget(
@@ -477,7 +497,7 @@ async def apply_rules(context: StepContext, qube: Qube, link: boot.Link) -> None
                 boot_id=boot_id(context),
                 netvm_uuid=link.netvm.uuid,
                 namespace=await namespace_of(context, link.netvm),
-                interface=context.operation.data.get("tap", ""),
+                interface=interface,
                 ip=link.ip,
                 ip6=link.ip6,
             )

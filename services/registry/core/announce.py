@@ -8,6 +8,7 @@ be announced by nobody.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from bulkhead.model.records import WireEvent
 from bulkhead.model.refusal import Refusal
@@ -95,6 +96,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "backup-progress",
     ),
 }
+# Events whose subject is always the qube that the announcement is about.
+OF_THE_QUBE = frozenset({"firewall-changed"})
 # Only the owner of the rules may store their digest.
 DIGEST_OWNER = "firewall"
 
@@ -126,7 +129,7 @@ def plan_announce(
 
     Empty when they are about an older boot of the qube, or when the qube is hidden.
     Refusal NOT_YOURS, QUBE_NOT_FOUND, or PROTOCOL when an event's subject is another
-    qube.
+    qube. An event of OF_THE_QUBE gets the qube's name here: its announcer knows uuids.
     """
     check_events(caller, events)
     if not uuid:
@@ -146,4 +149,7 @@ def plan_announce(
             )
     if qube.hidden or (boot_id and boot_id != qube.run.boot_id):
         return ()
-    return events
+    return tuple(
+        replace(event, subject=qube.name, subject_uuid=uuid) if event.name in OF_THE_QUBE else event
+        for event in events
+    )
