@@ -80,8 +80,12 @@ class Accepted:
 
     @property
     def published(self) -> bool:
-        """True when it makes a stream entry of its own (with that seq)."""
-        return bool(self.done or self.planned.events)
+        """True when it makes a stream entry of its own (with that seq).
+
+        A durable piece that changes nothing does too: whoever made it waits until the
+        replicas have its revision.
+        """
+        return bool(self.done or self.planned.events or self.planned.durable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +150,7 @@ def plan_batch(view: View, works: Sequence[Work], now: Numbers) -> Batch:
                 small = stamp
             if planned.epoch is not None:
                 epoch = planned.epoch
-        if done or planned.events:
+        if done or planned.events or planned.durable:
             seq += 1
         batch.numbers = Numbers(revision, seq, epoch, small)
         batch.outcomes.append(Accepted(work, planned, revision, seq, done))
