@@ -100,7 +100,7 @@ class Settings:
         return self.root / "etc/qubes"
 
     def service_dir(self, service: str) -> Path:
-        """run/bulkhead/SERVICE, mode 2710: work.sock, control.sock, stream.sock, lock, data.sock."""
+        """run/bulkhead/SERVICE, mode 2710: its sockets (work, control, stream, data) and lock."""
         return self.bus_dir / service
 
     def socket(self, service: str, name: str) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 BUSYBOX = ("/bin/busybox", "/usr/bin/busybox", "/usr/sbin/busybox")
 APPLETS = ("sh", "mount", "ip", "nc", "timeout", "sleep", "cat", "echo", "poweroff", "acpid",
-           "grep", "mknod", "insmod")  # fmt: skip
+           "grep", "mknod", "insmod", "ls", "usleep")  # fmt: skip
 
 INIT = """#!/bin/sh
 mount -t proc proc /proc
@@ -57,10 +57,16 @@ for target in $targets; do
   fi
 done
 unset IFS
-echo "BULKHEAD ready"
-[ -n "$once" ] && poweroff -f
+[ -n "$once" ] && echo "BULKHEAD ready" && poweroff -f
 # The power button of the hypervisor ends the guest.
-acpid -f -d -c /etc/acpi 2>/dev/null &
+acpid -f -d -c /etc/acpi >/dev/null 2>&1 &
+# A press before this moment would be lost.
+n=0
+until ls -l "/proc/$!/fd" 2>/dev/null | grep -q event || [ "$n" -gt 100 ]; do
+  usleep 20000
+  n=$((n + 1))
+done
+echo "BULKHEAD ready"
 while :; do sleep 3600; done
 """
 
