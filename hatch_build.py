@@ -24,8 +24,16 @@ class ProtoBuildHook(BuildHookInterface):  # type: ignore[type-arg]
         root = Path(self.root)
         protos = sorted(str(p.relative_to(root / "proto")) for p in root.glob("proto/**/*.proto"))
         subprocess.run(
-            [sys.executable, "-m", "grpc_tools.protoc", "-I", "proto", "--python_out=.",
-             "--pyi_out=.", *protos],
+            [
+                sys.executable,
+                "-m",
+                "grpc_tools.protoc",
+                "-I",
+                "proto",
+                "--python_out=.",
+                "--pyi_out=.",
+                *protos,
+            ],
             cwd=root,
             check=True,
         )

@@ -67,6 +67,25 @@ class CallContext:
 _NO_CONTEXT = CallContext()
 
 
+class _Ids:
+    """Random request ids, drawn from the system many at a time."""
+
+    def __init__(self) -> None:
+        self._pool = b""
+        self._at = 0
+
+    def __call__(self) -> bytes:
+        at = self._at
+        if at >= len(self._pool):
+            self._pool = os.urandom(16 * 256)
+            at = 0
+        self._at = at + 16
+        return self._pool[at : at + 16]
+
+
+_new_id = _Ids()
+
+
 def check_server(settings: Settings, service: str) -> None:
     """With isolation: refuse a socket directory that is not the service's own.
 
@@ -223,10 +242,12 @@ class _LaneConnection:
         if self._refusal is not None and self._refusal.code == "PERMISSION_DENIED":
             raise self._refusal
         self._pending[request_id] = pending
-        self._arm(pending.deadline)
-        # The first one leaves at once, others of this turn of the loop together.
+        if self._timer is None or pending.deadline < self._timer_ns:
+            self._arm(pending.deadline)
+        # Alone it leaves at once; with others under way, together with those of this turn
+        # of the loop: waking ZeroMQ's thread costs more than the message.
         self._unsent[request_id] = pending
-        if not self._scheduled or len(self._unsent) >= sockets.TOGETHER:
+        if len(self._pending) == 1 or len(self._unsent) >= sockets.TOGETHER:
             self._flush()
         self._schedule()
 
@@ -316,7 +337,9 @@ class _LaneConnection:
             self.forget(request_id)
             return
         if not header.HasField("status") or not header.status.code:
-            self.forget(request_id)
+            del self._pending[request_id]
+            if not pending.on_wire:
+                self._unsent.pop(request_id, None)
             pending.future.set_result((header, untrusted_body))
             return
         error = from_status(header.status)
@@ -380,8 +403,6 @@ class _LaneConnection:
 
     def _arm(self, deadline: int) -> None:
         if self._timer is not None:
-            if self._timer_ns <= deadline:
-                return
             self._timer.cancel()
         self._timer_ns = deadline
         delay = max(0, deadline - time.monotonic_ns()) / 1e9
@@ -493,7 +514,7 @@ class Channel:
             raise bus_error(
                 "DEADLINE_EXCEEDED", f"no time was left for {method_full_name}; it was not sent"
             )
-        request_id = given.request_id or os.urandom(16)
+        request_id = given.request_id or _new_id()
         body = request.SerializeToString()
         if len(body) > BODY_LIMIT:
             raise bus_error(

@@ -17,7 +17,7 @@ import secrets
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from google.protobuf.message import DecodeError, Message
 
@@ -41,6 +41,14 @@ SOURCE_SENDERS = frozenset({"adminapi", "dispvm", "backup", "lifecycle"})
 # How often one running request may be asked again before the oldest asker is forgotten.
 JOIN_LIMIT = 16
 Handler = Callable[[Any, "Call"], Coroutine[Any, Any, Message]]
+
+
+_READ = Effect.READ
+# Slots of Call -> fields of the request header.
+_FROM_HEADER = {
+    name: name
+    for name in ("operation", "step", "epoch", "etag", "min_seq", "validate_only", "trace_id")
+} | {"source": "on_behalf_of"}
 
 
 class Call:
@@ -74,6 +82,7 @@ class Call:
         "partial",
         "reply_stored",
         "_cancel_points",
+        "_header",
     )
 
     def __init__(
@@ -110,6 +119,37 @@ class Call:
         self.partial = False
         self.reply_stored = False
         self._cancel_points = 0
+        self._header: envelope_pb2.RequestHeader | None = None
+
+    @classmethod
+    def received(
+        cls,
+        caller: str,
+        request_id: bytes,
+        method: str,
+        deadline: Deadline,
+        header: envelope_pb2.RequestHeader,
+    ) -> Call:
+        """The call of a received header; what few handlers look at is read when asked for."""
+        call = cls.__new__(cls)
+        call.caller = caller
+        call.request_id = request_id
+        call.method = method
+        call.deadline = deadline
+        call.cancelled = call.partial = call.reply_stored = False
+        call.revision = call.seq = call._cancel_points = 0
+        call._header = header
+        return call
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> object:
+            # Only for a slot that received() left empty.
+            if name not in _FROM_HEADER:
+                raise AttributeError(name)
+            value = getattr(self._header, _FROM_HEADER[name])
+            setattr(self, name, value)
+            return value
 
     def check(self) -> None:
         """Raise BusError CANCELLED or DEADLINE_EXCEEDED when the work should stop."""
@@ -255,8 +295,16 @@ class Dispatcher:
         counters["requests"] += 1
         try:
             work = self._admit(lane, caller, peer, header, untrusted_body)
-            if work is not None:
-                self._enter(lane, work)
+            if work is None:
+                return
+            state = self._lanes[lane]
+            if state.in_flight < state.bounds.in_flight:
+                self._running[work.key] = work
+                state.in_flight += 1
+                work.running = True
+                self._start(work)
+            else:
+                self._queue(state, work)
         except BusError as error:
             counters["refused"] += 1
             self._answer(peer, header.request_id, error)
@@ -315,7 +363,7 @@ class Dispatcher:
             if len(running.peers) > JOIN_LIMIT:
                 del running.peers[0]
             return None
-        if method.effect is not Effect.READ:
+        if method.effect is not _READ:
             stored = self._store.get(caller, request_id)
             if stored is not None:
                 if stored.method != name:
@@ -336,31 +384,11 @@ class Dispatcher:
                 f"the body is no {method.request_type.DESCRIPTOR.name}",
                 method=name,
             ) from None
-        call = Call(
-            caller,
-            source=source,
-            request_id=request_id,
-            method=name,
-            operation=header.operation,
-            step=header.step,
-            epoch=header.epoch,
-            etag=header.etag,
-            min_seq=header.min_seq,
-            validate_only=header.validate_only,
-            trace_id=header.trace_id,
-            deadline=Deadline(ends),
-        )
+        call = Call.received(caller, request_id, name, Deadline(ends), header)
         return Work(key, method, call, handler, request, len(untrusted_body), [peer])
 
-    def _enter(self, lane: Lane, work: Work) -> None:
-        state = self._lanes[lane]
+    def _queue(self, state: _LaneState, work: Work) -> None:
         bounds = state.bounds
-        if state.in_flight < bounds.in_flight:
-            self._running[work.key] = work
-            state.in_flight += 1
-            work.running = True
-            self._start(work)
-            return
         if len(state.queue) >= bounds.queued or state.queue_bytes + work.size > bounds.queued_bytes:
             self.counters["busy"] += 1
             raise bus_error(
@@ -409,7 +437,7 @@ class Dispatcher:
         self._finish(work, header, b"", keep=keep)
 
     def _finish(self, work: Work, header: bytes, body: bytes, *, keep: bool) -> None:
-        if keep and work.method.effect is not Effect.READ and not work.call.validate_only:
+        if keep and work.method.effect is not _READ and not work.call.validate_only:
             try:
                 self._store.put(*work.key, StoredReply(work.method.full_name, header, body))
             except Exception as error:

@@ -30,6 +30,11 @@ HEADER_LIMIT = 16 * 1024
 # Largest stream entry: a burst may carry many records.
 ENTRY_LIMIT = 16 * 1024 * 1024
 
+# The usual reply header is this and the request id; taken from protobuf's own output.
+_PLAIN_REPLY = envelope_pb2.ReplyHeader(request_id=bytes(REQUEST_ID_BYTES)).SerializeToString()[
+    :-REQUEST_ID_BYTES
+]
+
 _parse_request = envelope_pb2.RequestHeader.FromString
 _parse_reply = envelope_pb2.ReplyHeader.FromString
 
@@ -52,23 +57,23 @@ COUNTERS = (
 )
 
 
-def _checked(untrusted_parts: Sequence[bytes]) -> tuple[bytes, bytes]:
+def _checked(untrusted_parts: Sequence[bytes]) -> Sequence[bytes]:
     if len(untrusted_parts) != 3:
         raise FrameError("dropped_frame_count")
-    prefix, header, body = untrusted_parts
+    prefix = untrusted_parts[0]
     if prefix != PREFIX:
         known = len(prefix) == len(PREFIX) and prefix.startswith(MAGIC)
         raise FrameError("dropped_version" if known else "dropped_magic")
-    if len(header) > HEADER_LIMIT:
+    if len(untrusted_parts[1]) > HEADER_LIMIT:
         raise FrameError("dropped_header")
-    return header, body
+    return untrusted_parts
 
 
 def decode_request(
     untrusted_parts: Sequence[bytes],
 ) -> tuple[envelope_pb2.RequestHeader, bytes]:
     """Header and body bytes of a request without its routing id. FrameError otherwise."""
-    untrusted_header, untrusted_body = _checked(untrusted_parts)
+    _, untrusted_header, untrusted_body = _checked(untrusted_parts)
     try:
         header = _parse_request(untrusted_header)
     except DecodeError:
@@ -80,7 +85,7 @@ def decode_request(
 
 def decode_reply(untrusted_parts: Sequence[bytes]) -> tuple[envelope_pb2.ReplyHeader, bytes]:
     """Header and body bytes of a reply. FrameError otherwise."""
-    untrusted_header, untrusted_body = _checked(untrusted_parts)
+    _, untrusted_header, untrusted_body = _checked(untrusted_parts)
     try:
         header = _parse_reply(untrusted_header)
     except DecodeError:
@@ -100,7 +105,7 @@ def encode_reply_header(
 ) -> bytes:
     """The header frame of a reply; status None = OK."""
     if status is None and not (revision or seq or partial):
-        return envelope_pb2.ReplyHeader(request_id=request_id).SerializeToString()
+        return _PLAIN_REPLY + request_id
     return envelope_pb2.ReplyHeader(
         request_id=request_id, status=status, revision=revision, seq=seq, partial=partial
     ).SerializeToString()

@@ -56,6 +56,8 @@ class Server:
         self._log = log or logging.getLogger(f"bulkhead.{service}")
         self._lanes: list[_LaneSocket] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        # True while a lane hands on what it received: no task is current then.
+        self.taking = False
         self.dispatcher = Dispatcher(
             service,
             services,
@@ -97,16 +99,19 @@ class Server:
 
     # ---- between the lanes and the dispatcher
 
-    def _send(self, peer: tuple[_LaneSocket, bytes], header: bytes, body: bytes) -> None:
+    @staticmethod
+    def _send(peer: tuple[_LaneSocket, bytes], header: bytes, body: bytes) -> None:
         lane, routing_id = peer
-        lane.send(routing_id, header, body)
+        lane.outbox.append((routing_id, header, body))
+        if not lane.draining:
+            lane.schedule()
 
     def _start(self, work: Work) -> None:
-        if _EagerStandIn.entered(self._loop):
+        if self.taking:
+            self._run_eagerly(work)
+        else:
             # Started by the end of another handler: not inside that one's task.
             self._loop.call_soon(self._run_eagerly, work)
-        else:
-            self._run_eagerly(work)
 
     def _run_eagerly(self, work: Work) -> None:
         """Run the handler up to its first wait; only if it waits it becomes a task."""
@@ -177,10 +182,6 @@ class _EagerStandIn:
         self._task: asyncio.Task[None] | None = None
         self._cancels = 0
 
-    @staticmethod
-    def entered(loop: asyncio.AbstractEventLoop) -> bool:
-        return asyncio.current_task(loop) is not None
-
     def become(self, task: asyncio.Task[None]) -> None:
         self._task = task
         for _ in range(self._cancels):
@@ -235,29 +236,22 @@ class _LaneSocket:
         self._socket = sockets.router(context, plain=not identities.isolated)
         self._send = sockets.raw_send(self._socket)
         self._receive = sockets.raw_receive(self._socket)
-        self._outbox: list[tuple[bytes, bytes, bytes]] = []
-        self._draining = False
+        # Replies of this turn of the loop: they leave together, as waking ZeroMQ's thread
+        # for each would cost more than the reply itself.
+        self.outbox: list[tuple[bytes, bytes, bytes]] = []
+        self.draining = False
         self._scheduled = False
         sockets.bind(self._socket, endpoint)
         self._fd = self._socket.FD
         loop.add_reader(self._fd, self._drain)
-        self._schedule()
+        self.schedule()
 
     def close(self) -> None:
         self._loop.remove_reader(self._fd)
         self._flush()
         self._socket.close(linger=200)
 
-    def send(self, routing_id: bytes, header: bytes, body: bytes) -> None:
-        """Queue a reply; it leaves at the end of this turn of the loop, with the others.
-
-        One wake-up of ZeroMQ's thread for many replies, not one for each.
-        """
-        self._outbox.append((routing_id, header, body))
-        if not self._draining:
-            self._schedule()
-
-    def _schedule(self) -> None:
+    def schedule(self) -> None:
         if not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._drain)
@@ -265,7 +259,7 @@ class _LaneSocket:
     def _flush(self) -> None:
         if self._socket.closed:
             return
-        outbox, self._outbox = self._outbox, []
+        outbox, self.outbox = self.outbox, []
         send, more, last = self._send, sockets.MORE, sockets.NOBLOCK
         for routing_id, header, body in outbox:
             try:
@@ -285,22 +279,21 @@ class _LaneSocket:
         self._scheduled = False
         if self._socket.closed:
             return
-        self._draining = True
+        self.draining = self._server.taking = True
         try:
             for _ in range(4):
-                if self._outbox:
+                if self.outbox:
                     self._flush()
-                if self._take_batch() and not self._outbox:
+                if self._take_batch() and not self.outbox:
                     return
             self._flush()
         finally:
-            self._draining = False
-        self._schedule()
+            self.draining = self._server.taking = False
+        self.schedule()
 
     def _take_batch(self) -> bool:
         """Hand on what has arrived; True when there is no more."""
         receive, dispatch = self._receive, self._server.dispatcher.receive
-        together = 1  # the first reply does not wait for others
         for _ in range(_BATCH):
             try:
                 frame = receive(sockets.NOBLOCK, False)
@@ -317,9 +310,8 @@ class _LaneSocket:
                 if len(parts) < 4:
                     parts.append(frame.bytes)
             dispatch(self._lane, caller, (self, routing_id), parts)
-            if self._outbox and len(self._outbox) >= together:
+            if len(self.outbox) >= sockets.TOGETHER:
                 self._flush()
-                together = sockets.TOGETHER
         return False
 
 
