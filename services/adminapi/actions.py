@@ -359,6 +359,11 @@ class Actions:
         if driver is None:
             raise WireRefusal("NAME_NOT_KNOWN", f"there is no storage driver {request.arg}")
         text = parse_pool(request.untrusted_payload, driver.name, frozenset(driver.parameters))
+        missing = sorted(set(driver.required) - text.options.keys())
+        if missing:
+            raise WireRefusal(
+                "POOL_OPTION_MISSING", f"driver {driver.name} needs {' and '.join(missing)}"
+            )
         spec = specs.PoolAddSpec(Pool(text.name, driver.name, text.options))
         await self._backend.operate(spec, request.source.name)
         return ""

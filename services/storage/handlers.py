@@ -612,6 +612,11 @@ class StorageHandlers:
         """Nothing of an empty pool is left; data stays."""
         self._guard.admit(call.epoch)
         pool = codec.pool_from_proto(request.pool)
+        try:
+            open_pool(pool)
+        except StorageRefusal:
+            # Setup refuses such a pool before it makes anything: it never happened.
+            return storage_pb2.PoolTeardownReply()
         if not call.validate_only:
             await self._on_pool(call, pool, "teardown", lambda driver, _: driver.teardown())
         return storage_pb2.PoolTeardownReply()

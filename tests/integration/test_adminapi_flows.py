@@ -18,6 +18,8 @@ from tests.integration.adminapi_world import MIB, started
 
 pytestmark = pytest.mark.integration
 
+LVM_POOL = b"name=p\nvolume_group=vg\nthin_pool=tp\n"
+
 World = tuple[Instance, AdminClient, Path]
 
 
@@ -151,6 +153,14 @@ def test_property_events_keep_their_order(client: AdminClient, events: Listener)
     assert client.get("prop", "vcpus") == wire.PropertyValue("vcpus", True, "int", "2")
 
 
+def test_a_change_that_changes_nothing_is_answered_at_once(client: AdminClient) -> None:
+    create(client, "same")
+    client.call("admin.vm.tag.Set", "same", "t")
+    begin = time.monotonic()
+    client.call("admin.vm.tag.Set", "same", "t")
+    assert time.monotonic() - begin < 5
+
+
 def test_every_change_is_read_back_at_once(client: AdminClient) -> None:
     create(client, "back")
     for number in range(30):
@@ -209,6 +219,9 @@ def test_every_change_is_read_back_at_once(client: AdminClient) -> None:
         ("admin.vm.volume.Set.ephemeral", "tmpl", "private", b"True", "QubesValueError"),
         ("admin.pool.Add", "dom0", "nosuch", b"name=p\n", "PermissionDenied"),
         ("admin.pool.Add", "dom0", "file", b"name=p\nbad=1\n", "ProtocolError"),
+        ("admin.pool.Add", "dom0", "file", b"name=p\n", "QubesException"),
+        ("admin.pool.Add", "dom0", "file", b"name=p\ndir_path=x\n", "ProtocolError"),
+        ("admin.pool.Add", "dom0", "lvm_thin", LVM_POOL, "StoragePoolException"),
         ("admin.pool.Remove", "dom0", "nosuch", b"", "PermissionDenied"),
         ("admin.pool.Remove", "dom0", "varlibqubes", b"", "QubesPoolInUseError"),
         ("admin.vm.firewall.Set", "tmpl", "", b"nonsense\n", "QubesValueError"),

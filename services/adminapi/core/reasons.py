@@ -19,6 +19,7 @@ _ROWS = (
     Reason("BACKUP_NOT_RUNNING", "FAILED_PRECONDITION", "no backup of that profile runs"),
     Reason("COPY_TOKEN_NOT_FOUND", "NOT_FOUND", "the clone token is unknown or was used"),
     Reason("IMPORT_NOT_RUNNING", "FAILED_PRECONDITION", "no import of that volume is open"),
+    Reason("POOL_OPTION_MISSING", "INVALID_ARGUMENT", "the driver needs another option"),
     Reason("CREATE_REFUSED", "INVALID_ARGUMENT", "the class cannot be created"),
     Reason("SUSPEND_FAILED", "FAILED_PRECONDITION", "some qubes did not suspend or resume"),
     Reason("NOTHING_CHANGED", "UNAVAILABLE", "a part is down; the call had no effect"),
