@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 
+from bulkhead.bus.errors import BusError
 from services.firewall.core import ruleset
 from services.hostd.adapters.plumbing import in_namespace
 from tests.integration.network_lab import (
@@ -310,6 +313,35 @@ def test_expiry_closes_without_any_call(base: Lab) -> None:
         assert await reach(made, qid, 8080) != "yes"
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+    story(base, work)
+
+
+def test_full_disk_leaves_the_old_rules_in_file_and_kernel(base: Lab) -> None:
+    async def work(made: Place, qid: int) -> None:
+        rules = base.root / "rules"
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(rules)], check=True)
+        try:
+            await made.start_client(qid, "action=accept proto=tcp dstports=8080")
+            path = rules / f"{uuid_of(qid)}.xml"
+            old = path.read_bytes()
+            with (rules / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+                while True:
+                    filler.write(b"x" * 4096)
+            with pytest.raises(BusError) as failed:
+                await made.set(qid, "action=accept proto=tcp dstports=9090")
+            assert failed.value.reason == "RULES_NOT_SAVED"
+            assert path.read_bytes() == old
+            assert sorted(found.name for found in rules.iterdir()) == [path.name, "filler"]
+            lines = (await made.keeper.lines(uuid_of(qid)))[0]
+            assert lines == ("action=accept proto=tcp dstports=8080-8080",)
+            assert await opens(made, qid, 8080)
+            assert await reach(made, qid, 9090) != "yes"
+            (rules / "filler").unlink()
+            await made.set(qid, "action=accept proto=tcp dstports=9090")
+            assert await opens(made, qid, 9090)
+        finally:
+            subprocess.run(["umount", str(rules)], check=True)
 
     story(base, work)
 
