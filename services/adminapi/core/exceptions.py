@@ -210,10 +210,12 @@ _OTHERS: Mapping[str, str] = {
 
 CLASSES: Mapping[str, str] = {**_MODEL, **_OWN, **_OTHERS}
 
-# A class that one call alone answers for a reason; prefixes of method names.
+# A class that one call alone answers for a reason.
 _BY_CALL: Mapping[tuple[str, str], str] = {
     ("NOT_DISPOSABLE_TEMPLATE", "admin.vm.CreateDisposable"): _GENERIC,
     ("NO_TEMPLATE", "admin.vm.CreateDisposable"): _GENERIC,
+    ("DEVICE_UNKNOWN", "admin.vm.Start"): _GENERIC,
+    ("DEVICE_DENIED", "admin.vm.Start"): _GENERIC,
 }
 
 

@@ -368,15 +368,23 @@ def denied_patterns(qube: Qube) -> list[str]:
 @_read("denied_list")
 def denied_list(_context: ReadContext, request: Checked) -> str:
     """The denied patterns joined by newlines, without a final one."""
+    find_row(request.dest.klass, "devices_denied")
     return "\n".join(denied_patterns(request.dest))
 
 
 # ---- the rest
 
 
+def has_notes(qube: Qube) -> None:
+    """Refusal QUBE_ERROR for a qube that lives elsewhere."""
+    if qube.klass == "RemoteVM":
+        raise Refusal("QUBE_ERROR", f"{qube.name} has no notes here", qube=qube.name)
+
+
 @_read("notes_get")
 def notes_get(_context: ReadContext, request: Checked) -> str:
     """The notes, as they were set."""
+    has_notes(request.dest)
     return request.dest.notes
 
 

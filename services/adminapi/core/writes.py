@@ -36,7 +36,7 @@ from services.adminapi.core.payloads import (
     parse_kernel,
     parse_shutdown,
 )
-from services.adminapi.core.reads import ReadContext, find_pool, find_volume
+from services.adminapi.core.reads import ReadContext, find_pool, find_volume, has_notes
 
 Wanted = specs.Command | specs.OperationSpec | None
 Write = Callable[[ReadContext, Checked], Wanted]
@@ -135,6 +135,7 @@ def label_remove(_context: ReadContext, request: Checked) -> Wanted:
 @_write("notes_set")
 def notes_set(_context: ReadContext, request: Checked) -> Wanted:
     """Replace the notes; an empty payload removes them."""
+    has_notes(request.dest)
     return specs.SetNotes(request.dest.name, check_notes(request.untrusted_payload))
 
 
