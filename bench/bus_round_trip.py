@@ -34,7 +34,7 @@ from bulkhead.config import Settings
 
 ROUNDS = 9
 # A round alternates short slices of both, so that other work on the machine meets both.
-SLICES = 10
+SLICES = 4
 WINDOW = 16
 LIMIT_ONE = 3.0
 LIMIT_MANY = 1.5
@@ -116,7 +116,7 @@ async def _measure(
 ) -> dict[int, list[tuple[float, float]]]:
     frames = _floor_frames()
     connections = Connections(settings, "lifecycle")
-    counts = {1: int(150 * scale), WINDOW: int(640 * scale) // WINDOW * WINDOW}
+    counts = {1: int(400 * scale), WINDOW: int(1600 * scale) // WINDOW * WINDOW}
     samples: dict[int, list[tuple[float, float]]] = {1: [], WINDOW: []}
     try:
         for window, count in counts.items():  # warm both up
