@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -126,16 +127,62 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--socket", type=Path, help="qubesd.sock of the instance")
     parser.add_argument("--echo", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--qubes", default="10,100,300", help="numbers of qubes, growing")
+    parser.add_argument("--qubes", default="10,100,500", help="numbers of qubes, growing")
     parser.add_argument("--keep", action="store_true", help="leave the bench's qubes")
     args = parser.parse_args()
     if args.echo is not None:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_echo(args.echo))
     if args.socket is None:
-        parser.error("--socket is needed: start an instance with bulkhead run")
+        with own_instance() as path:
+            return compare(path, args)
+    return compare(args.socket, args)
+
+
+@contextlib.contextmanager
+def own_instance() -> Iterator[Path]:
+    """The socket of an instance with the simulated hypervisor, made for this run."""
+    root = Path(tempfile.mkdtemp(prefix="bhb", dir="/tmp"))
+    root.chmod(0o755)
+    command = [sys.executable, "-m", "clients.cli.bulkhead"]
+    launcher = None
+    try:
+        subprocess.run(
+            [*command, "init", "--root", str(root)], check=True, stdout=subprocess.DEVNULL
+        )
+        launcher = subprocess.Popen(
+            [*command, "run", "--root", str(root), "--hypervisor", "sim:"],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert launcher.stdout is not None
+        if not any(line.startswith("ready") for line in launcher.stdout):
+            raise RuntimeError("the instance did not come up")
+        client = AdminClient(root / "run/qubesd.sock", timeout=60)
+        kernel = root / "kernel"
+        kernel.write_bytes(bytes(4096))
+        subprocess.run(
+            [*command, "kernel", "add", "bench", "--vmlinuz", str(kernel), "--root", str(root)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        client.call("admin.property.Set", arg="default_kernel", payload=b"bench")
+        client.call("admin.vm.Create.TemplateVM", payload=b"name=tmpl label=black")
+        client.call("admin.property.Set", arg="default_template", payload=b"tmpl")
+        yield root / "run/qubesd.sock"
+    finally:
+        if launcher is not None:
+            launcher.terminate()
+            launcher.wait(timeout=60)
+            if launcher.stdout is not None:
+                launcher.stdout.close()
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def compare(socket: Path, args: argparse.Namespace) -> int:
+    """All rounds at all sizes; exit status 1 when a ratio is above its limit."""
     counts = [int(word) for word in args.qubes.split(",")]
-    client = AdminClient(args.socket, timeout=120)
+    client = AdminClient(socket, timeout=120)
     medians: dict[int, dict[str, float]] = {}
     with echo_server() as echo:
         for count in counts:
