@@ -48,6 +48,8 @@ from .core.xml import Flavour, flavour_named, render
 from .reporter import Reporter
 
 WAITERS = 8
+# How long an answer waits for the registry to know of what it did.
+TOLD_S = 0.5
 DESCRIBE_S = 10.0
 RETRY_S = 1.0
 BLOCK_S = 5.0
@@ -441,8 +443,15 @@ class DomainsHandlers:
         return messages.state_to(known, domain)
 
     async def _after(self, uuid: str, boot_id: str, call: Call) -> domains_pb2.DomainState:
-        """The state once a call has had its effect; halted when the boot just ended."""
+        """The state once a call has had its effect; halted when the boot just ended.
+
+        The registry knows it first where it can be reached, so that whoever sees the
+        operation end sees the state that it brought about.
+        """
         domain = await self._refresh(uuid, min(DESCRIBE_S, self._left(call)))
+        if self._reporter.reachable:
+            with contextlib.suppress(TimeoutError):
+                await self._reporter.flushed(min(TOLD_S, self._left(call)))
         if domain is None or domain.boot_id != boot_id:
             return messages.state_to(PowerFact(uuid, boot_id, self._base(), HALTED), None)
         return self._state(domain)

@@ -61,6 +61,9 @@ class Reporter:
         self._news = asyncio.Event()
         self._told = asyncio.Condition()
         self._held = True
+        self._sending = False
+        # The last try to tell the registry succeeded.
+        self.reachable = False
         self.counters: dict[str, int] = {"facts_sent": 0, "facts_complete": 0}
 
     # ---- what is
@@ -115,7 +118,7 @@ class Reporter:
         """Wait until the registry knows all. TimeoutError when it does not in time."""
         async with asyncio.timeout(timeout), self._told:
             await self._told.wait_for(
-                lambda: not self._queue and not self._complete and not self._held
+                lambda: not (self._queue or self._sending or self._complete or self._held)
             )
 
     async def run(self) -> None:
@@ -126,7 +129,9 @@ class Reporter:
                 await self._beat()
                 await self._tell()
                 failures = 0
+                self.reachable = True
             except BusError as error:
+                self.reachable = False
                 if failures == 0:
                     self._log.warning("the registry was not told: %s", error)
                 await asyncio.sleep(RETRY_S[min(failures, len(RETRY_S) - 1)])
@@ -194,10 +199,13 @@ class Reporter:
 
     async def _send(self, put: list[Fact], removed: list[str], complete: bool) -> None:
         failpoints.hit("domains.facts.before")
+        self._sending = True
         try:
             await self._link.facts(put, removed, complete)
         except BusError:
             self._beat_due = True
             raise
+        finally:
+            self._sending = False
         failpoints.hit("domains.facts.after")
         self.counters["facts_sent"] += len(put) + len(removed)

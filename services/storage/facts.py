@@ -131,6 +131,7 @@ class PoolWatch:
         self._instance: int | None = None
         self._complete_at = 0.0
         self._again = asyncio.Event()
+        self._askers: list[asyncio.Future[None]] = []
         self.counters: dict[str, int] = {"facts_sent": 0, "facts_complete": 0}
 
     # ---- which pools
@@ -174,6 +175,14 @@ class PoolWatch:
         """Something in a pool has changed."""
         self._again.set()
 
+    async def told(self, timeout: float) -> None:
+        """Look again; return when the registry knows what was seen. TimeoutError."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._askers.append(future)
+        self._again.set()
+        async with asyncio.timeout(timeout):
+            await future
+
     # ---- telling
 
     async def run(self) -> None:
@@ -181,15 +190,20 @@ class PoolWatch:
         warned = False
         while True:
             self._again.clear()
+            askers, self._askers = self._askers, []
             try:
                 await self._round()
                 warned = False
                 pause = TICK_S
+                for asker in askers:
+                    if not asker.done():
+                        asker.set_result(None)
             except BusError as error:
                 if not warned:
                     _LOG.warning("the registry was not told of the pools: %s", error)
                 warned = True
                 self._complete_at = 0.0
+                self._askers = [a for a in askers if not a.done()] + self._askers
                 pause = RETRY_S
             try:
                 async with asyncio.timeout(pause):

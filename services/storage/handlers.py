@@ -44,6 +44,8 @@ GRACE_S = 1.0
 # Part of a deadline that is kept for the answer itself.
 MARGIN_S = 0.1
 ARRIVED_S = 60.0
+# How long an answer waits for the registry to know of the kernels it changed.
+TOLD_S = 2.0
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -790,7 +792,7 @@ class StorageHandlers:
                 cancel,
             ),
         )
-        self._watch.look_again()
+        await self._show(call)
         fact = messages.kernel_fact(pool.name, kernel)
         message: records_pb2.KernelFact = messages.kernel_message(fact)
         return storage_pb2.KernelAddReply(kernel=message)
@@ -810,8 +812,13 @@ class StorageHandlers:
                 f"removal of kernel {request.name}",
                 lambda driver, _: driver.kernel_remove(request.name, key),
             )
-            self._watch.look_again()
+            await self._show(call)
         return storage_pb2.KernelRemoveReply()
+
+    async def _show(self, call: Call) -> None:
+        """Let the registry know of a change of kernels before its caller does."""
+        with contextlib.suppress(TimeoutError):
+            await self._watch.told(min(TOLD_S, call.deadline.remaining()))
 
     async def stop_transfers(self) -> None:
         """Close the data socket; for the end of the process."""
