@@ -28,10 +28,12 @@ from bulkhead.model.records import (
     PoolPut,
     PoolRemoved,
     PowerFact,
+    Qube,
     QubePut,
+    QubeRemoved,
 )
 from bulkhead.model.specs import ApplySpec, StoppedSpec
-from services.lifecycle.core import stops
+from services.lifecycle.core import boot, stops
 from services.lifecycle.core.guest_keys import clients_of
 from services.lifecycle.executor import Executor
 
@@ -50,6 +52,7 @@ class Watcher:
         self.executor = executor
         self._queue: asyncio.Queue[StoppedSpec | ApplySpec] = asyncio.Queue()
         self._known: set[str] = set()
+        self._digests: dict[str, str] = {}
         self._pools_changed = asyncio.Event()
         self._look = asyncio.Event()
 
@@ -79,15 +82,33 @@ class Watcher:
                     self._look.set()
                 case QubePut(qube):
                     self._consider(stops.stopped(qube, view.power(qube.uuid)))
+                    self._rules(qube)
+                case QubeRemoved(uuid):
+                    self._digests.pop(uuid, None)
                 case PoolPut() | PoolRemoved():
                     self._pools_changed.set()
                 case OperationPut(operation):
                     if operation.kind == "START" and operation.state is OperationState.SUCCEEDED:
                         self._reconnect(operation.subjects[0])
 
+    def _rules(self, qube: Qube) -> None:
+        """New rules of a running client reach a netvm that is a guest by its keys: an APPLY.
+
+        Where the netvm is a namespace, firewall itself has put them in force.
+        """
+        before = self._digests.get(qube.uuid)
+        self._digests[qube.uuid] = qube.rules_digest
+        if before is None or before == qube.rules_digest or qube.run.phase is not Phase.UP:
+            return
+        view = self.executor.replica.view
+        backend = boot.netvm(view, qube)
+        if backend is not None and not boot.is_namespace_netvm(view, backend):
+            self._queue.put_nowait(ApplySpec(qube.uuid, qube.run.boot_id, qube.revision))
+
     def _reconcile(self) -> None:
         view = self.executor.replica.view
         for qube in list(view.qubes_any()):
+            self._digests.setdefault(qube.uuid, qube.rules_digest)
             self._consider(stops.stopped(qube, view.power(qube.uuid)))
 
     def _consider(self, spec: StoppedSpec | None) -> None:
