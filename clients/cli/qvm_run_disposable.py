@@ -16,7 +16,7 @@ def work(args: argparse.Namespace, api: AdminClient) -> int:
     events: Iterator[Event] | None = None
     if args.wait:
         events = api.events()
-        next(events)
+        next(events, None)
     with tool.progress(api, "creating a disposable", kind="CREATE", quiet=args.quiet):
         name = api.text("admin.vm.CreateDisposable", args.template or "dom0")
     try:

@@ -16,7 +16,7 @@ import pytest
 
 from clients.admin import AdminClient, QubeLine
 from clients.cli import qvm_ls, qvm_op, qvm_pool, qvm_power, qvm_prefs, tool
-from tests.fakes.admin_daemon import AdminDaemon, Raw, Refused
+from tests.fakes.admin_daemon import AdminDaemon, Answer, Raw, Refused
 
 TWO = "dom0 class=AdminVM state=Running uuid=0\nwork class=AppVM state=Halted uuid=1\n"
 
@@ -189,7 +189,7 @@ def test_selection() -> None:
 def test_one_failure_does_not_keep_the_others_from_their_turn(
     path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answers = {
+    answers: dict[str, Answer] = {
         "admin.vm.List": TWO,
         "admin.vm.Kill a": Refused("QubesVMNotStartedError", "a is off"),
         "admin.vm.Kill b": "",
@@ -301,7 +301,7 @@ def test_progress_of_a_daemon_that_has_no_such_call(
 
 def test_op_list_and_prefixes(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     listed = _record("aa1") + "\n" + _record("aa2", state="failed", error="broke") + "\n"
-    answers = {"bulkhead.op.List": listed, "bulkhead.op.Cancel": ""}
+    answers: dict[str, Answer] = {"bulkhead.op.List": listed, "bulkhead.op.Cancel": ""}
     with AdminDaemon(path, answers) as daemon:
         where = ["--socket", str(path)]
         assert qvm_op.main(where) == 0
@@ -337,14 +337,20 @@ def test_op_watch_ends_with_the_operation(
     path: Path, capsys: pytest.CaptureFixture[str], last: bytes, status: int, said: str
 ) -> None:
     stream = b"1\0\0connection-established\0\0" + _event("running") + last
-    answers = {"bulkhead.op.List": _record("aa1") + "\n", "bulkhead.op.Watch": Raw(stream)}
+    answers: dict[str, Answer] = {
+        "bulkhead.op.List": _record("aa1") + "\n",
+        "bulkhead.op.Watch": Raw(stream),
+    }
     with AdminDaemon(path, answers):
         assert qvm_op.main(["--socket", str(path), "watch", "aa"]) == status
     assert capsys.readouterr().out.splitlines()[-1] == said
 
 
 def test_op_watch_that_is_cut_off(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    answers = {"bulkhead.op.List": "", "bulkhead.op.Watch": Raw(_event("running"))}
+    answers: dict[str, Answer] = {
+        "bulkhead.op.List": "",
+        "bulkhead.op.Watch": Raw(_event("running")),
+    }
     with AdminDaemon(path, answers):
         assert qvm_op.main(["--socket", str(path), "watch", "aa1"]) == 1
     assert "before the operation did" in capsys.readouterr().err
