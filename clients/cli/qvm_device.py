@@ -151,8 +151,8 @@ def list_work(args: argparse.Namespace, api: AdminClient) -> int:
     for name in args.names:
         if name not in known:
             raise tool.ToolError(f"there is no qube {name}")
-    users: dict[tuple[str, str], list[str]] = {}
-    wanted: dict[tuple[str, str], Device] = {}
+    found: dict[tuple[str, str], Device] = {}
+    users: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for qube in known:
         uses = [(device, "attached") for device in attached(api, args.devclass, qube)]
         if args.assignments:
@@ -160,22 +160,19 @@ def list_work(args: argparse.Namespace, api: AdminClient) -> int:
                 (d, d.fields.get("mode", "assigned")) for d in assigned(api, args.devclass, qube)
             ]
         for device, how in uses:
-            key = device.backend, device.port
-            users.setdefault(key, []).append(f"{qube} ({how})")
-            if not args.names or qube in args.names:
-                wanted[key] = device
+            users.setdefault((device.backend, device.port), []).append((qube, how))
+            found.setdefault((device.backend, device.port), device)
+    for qube in known:
+        # Its backend describes it better than an assignment does.
         for device in available(api, args.devclass, qube):
-            key = device.backend, device.port
-            if not args.names or qube in args.names or key in wanted:
-                wanted[key] = device
-    # Described by who offers it, where that is known by now.
-    for key in list(wanted):
-        for device in available(api, args.devclass, key[0], key[1]) if args.names else ():
-            wanted[key] = device
-    rows = [
-        (device.shown, device.description, ", ".join(users.get(key, [])))
-        for key, device in sorted(wanted.items())
-    ]
+            found[device.backend, device.port] = device
+    rows = []
+    for key, device in sorted(found.items()):
+        used = users.get(key, [])
+        if args.names and not {key[0], *(qube for qube, _ in used)} & set(args.names):
+            continue
+        shown = ", ".join(f"{qube} ({how})" for qube, how in used)
+        rows.append((device.shown, device.description, shown))
     tool.show(args, ("BACKEND:DEVID", "DESCRIPTION", "USED BY"), rows)
     return 0
 

@@ -204,7 +204,7 @@ def run(
     argv: Sequence[str] | None,
 ) -> int:
     """Parse, work, and turn failures into exit statuses."""
-    args = made.parse_args(argv)
+    args = _parsed(made, argv)
     try:
         status = work(args, client(args))
         sys.stdout.flush()
@@ -231,6 +231,15 @@ def run(
             file=sys.stderr,
         )
         return 130
+
+
+def _parsed(made: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments with options between the operands, as in `qvm-prefs work --default netvm`."""
+    try:
+        return made.parse_intermixed_args(argv)
+    except TypeError:
+        # What argparse says, before it reads anything, of a parser that has subcommands.
+        return made.parse_args(argv)
 
 
 def sentence(error: BaseException) -> str:
