@@ -192,10 +192,29 @@ class Executor:
         if current is not None and not task.cancelled() and task.exception() is None:
             self.adopt(current)
 
-    def resume_import(self, operation: Operation, *, success: bool, reason: str) -> None:
-        """The data of a waiting import is there, or will never be."""
-        if operation.id in self._tasks:
-            return
+    async def resume_import(
+        self, operation_id: str, *, success: bool, reason: str, timeout: float
+    ) -> Operation | None:
+        """The data of an import is there, or will never be; the operation as it is then.
+
+        The caller may have seen WAITING_DATA before our replica did, and before the task
+        that brought it about has ended: both are waited for, or nobody would go on.
+        None for an unknown operation. TimeoutError.
+        """
+        async with asyncio.timeout(timeout):
+            while True:
+                operation = self.replica.view.operations.get(operation_id)
+                if operation is None or operation.state.terminal:
+                    return operation
+                task = self._tasks.get(operation_id)
+                if operation.state is OperationState.WAITING_DATA and task is None:
+                    break
+                if operation.state is OperationState.WAITING_DATA and task is not None:
+                    await asyncio.wait({task})
+                elif operation.state in (OperationState.QUEUED, OperationState.RUNNING):
+                    await self._changed.wait()
+                else:
+                    return operation  # it is taken back already
         if success:
             work = self._guarded(operation, self._forward(operation, after_cursor=True))
         else:
@@ -204,6 +223,7 @@ class Executor:
             )
             work = self._guarded(operation, self._compensate(operation, problem))
         self._take(operation, work)
+        return operation
 
     def abandon(self, operation: Operation) -> None:
         """Discard a waiting import that was cancelled or forgotten."""

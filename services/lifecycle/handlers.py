@@ -19,6 +19,8 @@ from services.lifecycle.watcher import Watcher
 # What may be submitted on the control lane: it must get through whatever is queued.
 URGENT = (KillSpec,)
 
+FINISH_MARGIN_S = 1.0
+
 
 class LifecycleHandlers:
     """The methods of lifecycle.proto."""
@@ -87,21 +89,30 @@ class LifecycleHandlers:
         self, request: lifecycle_pb2.FinishImportRequest, call: Call
     ) -> lifecycle_pb2.FinishImportReply:
         """The import's data is complete, or its writer gave up."""
-        operation: Operation | None = self.executor.replica.view.operations.get(
-            request.operation_id
-        )
-        if operation is None or operation.kind != "IMPORT":
+        known: Operation | None = self.executor.replica.view.operations.get(request.operation_id)
+        operation = None
+        if known is None or known.kind == "IMPORT":
+            operation = await self.executor.resume_import(
+                request.operation_id,
+                success=request.success,
+                reason=_printable(request.untrusted_reason),
+                timeout=max(0.1, call.deadline.remaining()),
+            )
+        if operation is None:
             raise BusError(
                 "NOT_FOUND",
                 "OPERATION_NOT_FOUND",
                 f"no import {request.operation_id} waits for data",
                 operation=request.operation_id,
             )
-        if operation.state is OperationState.WAITING_DATA:
-            self.executor.resume_import(
-                operation, success=request.success, reason=_printable(request.untrusted_reason)
+        try:
+            # A little before the caller stops listening.
+            ended = await self.executor.finished(
+                operation, max(0.1, call.deadline.remaining() - FINISH_MARGIN_S)
             )
-        ended = await self.executor.finished(operation, max(0.1, call.deadline.remaining()))
+        except TimeoutError:
+            # Much data takes long to keep; the caller sees the end in the stream.
+            ended = self.executor.replica.view.operations.get(operation.id, operation)
         return lifecycle_pb2.FinishImportReply(operation=codec.operation_to_proto(ended))
 
     async def sweep(
