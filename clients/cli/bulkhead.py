@@ -252,7 +252,7 @@ async def _run(supervisor: Supervisor) -> int:
     began = time.monotonic()
     await supervisor.start()
     try:
-        ready = asyncio.create_task(supervisor.wait_ready(READY_TIMEOUT_S))
+        ready = asyncio.create_task(_ready(supervisor))
         stop = asyncio.create_task(ended.wait())
         await asyncio.wait({ready, stop}, return_when=asyncio.FIRST_COMPLETED)
         if ready.done():
@@ -266,6 +266,12 @@ async def _run(supervisor: Supervisor) -> int:
     finally:
         await supervisor.stop()
     return 0
+
+
+async def _ready(supervisor: Supervisor) -> None:
+    """The Admin API answers, and no service is still on its way."""
+    await supervisor.wait_ready(READY_TIMEOUT_S)
+    await supervisor.wait_all(READY_TIMEOUT_S)
 
 
 def _notify_systemd() -> None:

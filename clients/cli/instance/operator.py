@@ -25,48 +25,51 @@ def health_of_all(settings: Settings, launcher: Mapping[str, object]) -> list[Ro
     """One row a service, in start order; rows of silent ones have ready False and a reason."""
     children = launcher.get("children")
     assert isinstance(children, dict)
-    rows = []
-    for service in SERVICES:
-        child = children.get(service)
-        if child is None:
-            continue
-        row: Row = {"service": service, "pid": child.get("pid"), "restarts": child["restarts"]}
-        try:
-            health = operator_call(
-                settings,
-                service,
-                "bulkhead.api.Control.Health",
-                control_pb2.HealthRequest(),
-                control_pb2.HealthReply,
-                TIMEOUT_S,
-            )
-            row.update(
-                user=_user(health.uid),
-                ready=health.ready,
-                reason=health.not_ready_reason,
-                revision=health.revision,
-                seq=health.seq,
-                lag_s=round(health.lag_s, 3),
-                uptime_s=round(health.uptime_s, 1),
-                in_flight=health.in_flight,
-                privileges=dict(sorted(health.privileges.items())),
-                counters=dict(sorted(health.counters.items())),
-            )
-        except (BusError, SettingsError, OSError) as error:
-            row.update(
-                user="?",
-                ready=False,
-                reason=str(error),
-                revision=0,
-                seq=0,
-                lag_s=0.0,
-                uptime_s=0.0,
-                in_flight=0,
-                privileges={},
-                counters={},
-            )
-        rows.append(row)
-    return rows
+    return [
+        health(settings, service, children[service]) for service in SERVICES if service in children
+    ]
+
+
+def health(
+    settings: Settings, service: str, child: Mapping[str, Any], timeout: float = TIMEOUT_S
+) -> Row:
+    """One service's row; ready False with a reason when it does not answer in time."""
+    row: Row = {"service": service, "pid": child.get("pid"), "restarts": child["restarts"]}
+    try:
+        health = operator_call(
+            settings,
+            service,
+            "bulkhead.api.Control.Health",
+            control_pb2.HealthRequest(),
+            control_pb2.HealthReply,
+            timeout,
+        )
+        row.update(
+            user=_user(health.uid),
+            ready=health.ready,
+            reason=health.not_ready_reason,
+            revision=health.revision,
+            seq=health.seq,
+            lag_s=round(health.lag_s, 3),
+            uptime_s=round(health.uptime_s, 1),
+            in_flight=health.in_flight,
+            privileges=dict(sorted(health.privileges.items())),
+            counters=dict(sorted(health.counters.items())),
+        )
+    except (BusError, SettingsError, OSError) as error:
+        row.update(
+            user="?",
+            ready=False,
+            reason=str(error),
+            revision=0,
+            seq=0,
+            lag_s=0.0,
+            uptime_s=0.0,
+            in_flight=0,
+            privileges={},
+            counters={},
+        )
+    return row
 
 
 def _user(uid: int) -> str:

@@ -25,12 +25,17 @@ from pathlib import Path
 
 from bulkhead.config import SERVICES, Settings
 from bulkhead.durable import write_file
+from clients.cli.instance import operator
 from clients.cli.instance.accounts import Account, client_gid
 
 log = logging.getLogger("bulkhead.run")
 
 RESTART_DELAYS = (0.02, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 STOP_GRACE_S = 10.0
+FIRST = ("registry", "adminapi")
+HEAD_START_S = 1.0
+# Short: a stop waits for a question that is under way.
+HEALTH_TIMEOUT_S = 0.5
 # A child that ran this long starts again without delay.
 SETTLED_S = 1.0
 
@@ -52,6 +57,14 @@ class Child:
     restarts: int = 0
     started: float = 0.0
     last_exit: int | None = None
+
+    def described(self) -> dict[str, int | None]:
+        """What launcher.json says of it."""
+        return {
+            "pid": self.process.pid if self.process is not None else None,
+            "restarts": self.restarts,
+            "last_exit": self.last_exit,
+        }
 
 
 class Supervisor:
@@ -177,24 +190,18 @@ class Supervisor:
         child.started = time.monotonic()
         self._report()
 
-    def _report(self) -> None:
-        """launcher.json: what `bulkhead status` and `stop` need to know."""
-        data = {
+    def _described(self) -> dict[str, object]:
+        return {
             "pid": os.getpid(),
             "hypervisor": self.settings.hypervisor,
             "isolated": self.settings.isolated,
-            "children": {
-                name: {
-                    "pid": child.process.pid if child.process is not None else None,
-                    "restarts": child.restarts,
-                    "last_exit": child.last_exit,
-                }
-                for name, child in self.children.items()
-            },
+            "children": {name: child.described() for name, child in self.children.items()},
         }
-        write_file(
-            self.settings.bus_dir / "launcher.json", json.dumps(data, indent=1).encode(), 0o644
-        )
+
+    def _report(self) -> None:
+        """launcher.json: what `bulkhead status` and `stop` need to know."""
+        data = json.dumps(self._described(), indent=1).encode()
+        write_file(self.settings.bus_dir / "launcher.json", data, 0o644)
 
     async def start(self) -> None:
         """Spawn every child; returns when all processes exist (not yet: answer)."""
@@ -202,10 +209,21 @@ class Supervisor:
             self._make_secret()
         self.bind_admin_sockets()
         self.settings.save()
-        for child in self._plan():
-            self.children[child.name] = child
-            self._spawn(child)
-            self._tasks.append(asyncio.create_task(self._watch(child), name=f"watch {child.name}"))
+        plan = self._plan()
+        # Reads need these two alone: they get the processors to themselves for a moment.
+        first = [child for child in plan if child.name in FIRST]
+        for child in first:
+            self._begin(child)
+        with contextlib.suppress(LaunchError):
+            await self.wait_ready(HEAD_START_S)
+        for child in plan:
+            if child not in first:
+                self._begin(child)
+
+    def _begin(self, child: Child) -> None:
+        self.children[child.name] = child
+        self._spawn(child)
+        self._tasks.append(asyncio.create_task(self._watch(child), name=f"watch {child.name}"))
 
     async def _watch(self, child: Child) -> None:
         """Wait for the child's death and start it again, for as long as the instance runs."""
@@ -247,6 +265,24 @@ class Supervisor:
                     + f"; see {self.settings.log_dir}"
                 )
             await asyncio.sleep(0.05)
+
+    async def wait_all(self, timeout_s: float) -> None:
+        """Wait until every service says that it is ready. LaunchError names those that do not."""
+        deadline = time.monotonic() + timeout_s
+        for name, child in self.children.items():
+            if name not in SERVICES:
+                continue
+            while True:
+                row = await asyncio.to_thread(
+                    operator.health, self.settings, name, child.described(), HEALTH_TIMEOUT_S
+                )
+                if row["ready"]:
+                    break
+                if time.monotonic() > deadline:
+                    raise LaunchError(
+                        f"{name} is not ready: {row['reason']}; see {self.settings.log_dir}"
+                    )
+                await asyncio.sleep(0.05)
 
     async def stop(self) -> None:
         """SIGTERM in reverse order, SIGKILL after a grace period, sockets removed."""
