@@ -38,6 +38,7 @@ from bulkhead.model.specs import (
     KernelAddSpec,
     KernelRemoveSpec,
     KillSpec,
+    OperationSpec,
     PauseSpec,
     PoolAddSpec,
     PoolRemoveSpec,
@@ -1019,6 +1020,52 @@ def test_full_queue_names_the_holder(w: World) -> None:
     refusal = no_change(w, RevertSpec("work", "private"), "QUBE_BUSY")
     assert refusal.metadata["operation"] == holder.id
     assert "RESIZE" in refusal.message
+
+
+@pytest.mark.parametrize(
+    ("state", "cursor"),
+    [
+        (OperationState.RUNNING, ""),
+        (OperationState.WAITING_DATA, "import_begin"),
+    ],
+)
+def test_nobody_waits_behind_an_import_without_its_data(
+    w: World, state: OperationState, cursor: str
+) -> None:
+    begun = w.begin(ImportSpec("work", "private", size=4096)).operation
+    held = replace(begun, state=state, cursor=cursor)
+    w.view.apply(OperationPut(held))
+    specs: tuple[OperationSpec, ...] = (
+        StartSpec("work"),
+        RemoveSpec("work"),
+        ResizeSpec("work", "private", 2**32),
+        ImportSpec("work", "private"),
+        CloneVolumeSpec("work", "private", "vault", "private"),
+        CloneVolumeSpec("vault", "private", "work", "private"),
+    )
+    for spec in specs:
+        refusal = no_change(w, spec, "QUBE_BUSY")
+        assert refusal.metadata == {"qube": "work", "operation": held.id, "kind": "IMPORT"}
+        assert held.id in refusal.message
+    # Others are not concerned, a pre-empting operation neither, and the end makes way.
+    assert w.begin(StartSpec("vault")).operation.state is OperationState.RUNNING
+    no_change(w, KillSpec("work"), "QUBE_NOT_STARTED")
+    w.end(held)
+    assert w.begin(StartSpec("work")).operation.state is OperationState.RUNNING
+
+
+def test_what_is_asked_while_an_import_ends_waits_as_ever(w: World) -> None:
+    begun = w.begin(ImportSpec("work", "private", size=4096)).operation
+    for state in (OperationState.RUNNING, OperationState.COMPENSATING):
+        w.view.apply(OperationPut(replace(begun, state=state, cursor="import_begin")))
+        assert w.begin(RevertSpec("work", "private")).operation.state is OperationState.QUEUED
+
+
+def test_an_import_that_waits_for_its_turn_lets_nobody_behind_it(w: World) -> None:
+    w.begin(ResizeSpec("work", "private", 2**32))
+    late = w.begin(ImportSpec("work", "private")).operation
+    assert late.state is OperationState.QUEUED
+    assert no_change(w, StartSpec("work"), "QUBE_BUSY").metadata["operation"] == late.id
 
 
 def test_several_qubes_are_all_locked_or_none(w: World) -> None:

@@ -24,7 +24,13 @@ from bulkhead.model.plan.base import (
 )
 from bulkhead.model.plan.creation import Fresh
 from bulkhead.model.plan.operation_table import OPERATIONS
-from bulkhead.model.plan.queue import blockers, may_run, next_place, waiting
+from bulkhead.model.plan.queue import (
+    blockers,
+    may_run,
+    next_place,
+    refuse_behind_import,
+    waiting,
+)
 from bulkhead.model.properties import DISP
 from bulkhead.model.records import Operation, OperationState, Phase, Problem, Qube, WireEvent
 from bulkhead.model.refusal import Refusal
@@ -147,6 +153,8 @@ def _begin(
     )
     held_by = blockers(draft, operation, ahead=ahead)
     if held_by and not _needless(draft, operation):
+        if not ahead:  # a follow-up that was refused would be lost
+            refuse_behind_import(draft, operation, held_by)
         place = next_place(draft, operation, held_by)
         operation = replace(
             operation, state=OperationState.QUEUED, data={**operation.data, "place": place}

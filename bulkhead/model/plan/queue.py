@@ -2,7 +2,8 @@
 
 Owns the locking rules of operations. Must not know what an operation does. Invariant: a
 subject has at most one holder, apart from operations that pre-empt; those that wait run
-in the order in which they asked, each only once all its subjects are free.
+in the order in which they asked, each only once all its subjects are free; nobody waits
+behind an import whose data may never come.
 """
 
 from __future__ import annotations
@@ -30,6 +31,40 @@ def blockers(draft: Draft, operation: Operation, *, ahead: bool = False) -> list
         for other in draft.operations_on(subject)
         if other.id != operation.id and not (ahead and other.state is OperationState.QUEUED)
     ]
+
+
+def refuse_behind_import(draft: Draft, operation: Operation, waits_for: list[Operation]) -> None:
+    """Refusal QUBE_BUSY where one of those ahead is an import that still needs its data.
+
+    How long that takes is its writer's choice, so waiting for it has no limit of time.
+    """
+    for other in waits_for:
+        if not _needs_data(other):
+            continue
+        subject = next(s for s in operation.subjects if s in other.subjects)
+        qube = draft.find(subject)
+        name = qube.name if qube is not None else subject
+        volume = str(getattr(other.spec, "volume", ""))
+        raise Refusal(
+            "QUBE_BUSY",
+            f"'{name}' is busy: the import into its volume '{volume}' ({other.id}) waits for"
+            " data; let it end or cancel it, then try again",
+            qube=name,
+            operation=other.id,
+            kind=other.kind,
+        )
+
+
+def _needs_data(operation: Operation) -> bool:
+    if operation.kind != "IMPORT":
+        return False
+    if operation.state is OperationState.WAITING_DATA:
+        return True
+    # Before its first step has ended it is on its way there.
+    return not operation.cursor and operation.state in (
+        OperationState.QUEUED,
+        OperationState.RUNNING,
+    )
 
 
 def next_place(draft: Draft, operation: Operation, waits_for: list[Operation]) -> str:
