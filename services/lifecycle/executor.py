@@ -65,11 +65,16 @@ class StepContext:
 
     operation: Operation
     step: str
-    view: View
     participants: Participants
     epoch: int
     executor: Executor
     attempt: int = 0
+
+    @property
+    def view(self) -> View:
+        """The records now. Never kept: a registry that restarts brings a new view, and a
+        step that waits on the old one would wait for ever."""
+        return self.executor.replica.view
 
     def call(self, part: str = "") -> CallContext:
         """Header of a call to a participant; part tells apart several calls of one step.
@@ -424,9 +429,7 @@ class Executor:
         await self._end(operation, outcome, problem, {}, ())
 
     def _context(self, operation: Operation, step: str, attempt: int) -> StepContext:
-        return StepContext(
-            operation, step, self.replica.view, self.participants, self.epoch, self, attempt
-        )
+        return StepContext(operation, step, self.participants, self.epoch, self, attempt)
 
     async def _advance(
         self,

@@ -33,7 +33,7 @@ from bulkhead.model.records import (
     QubeRemoved,
 )
 from bulkhead.model.specs import ApplySpec, StoppedSpec
-from services.lifecycle.core import boot, stops
+from services.lifecycle.core import boot, saga, stops
 from services.lifecycle.core.guest_keys import clients_of
 from services.lifecycle.executor import Executor
 
@@ -41,6 +41,7 @@ log = logging.getLogger("bulkhead.lifecycle")
 
 # How often qubes that nobody reported are asked for.
 UNACCOUNTED_PERIOD_S = 2.0
+RETRY_S = 0.2
 IMPORT_LIMIT_S = 86400.0
 IMPORT_CHECK_PERIOD_S = 60.0
 
@@ -82,6 +83,8 @@ class Watcher:
                     self._look.set()
                 case QubePut(qube):
                     self._consider(stops.stopped(qube, view.power(qube.uuid)))
+                    if stops.silent(qube, view.power(qube.uuid)):
+                        self._look.set()
                     self._rules(qube)
                 case QubeRemoved(uuid):
                     self._digests.pop(uuid, None)
@@ -131,21 +134,29 @@ class Watcher:
         """Begin what was noticed: STOPPED, and APPLY for clients of a netvm that is back."""
         while True:
             spec = await self._queue.get()
-            if isinstance(spec, ApplySpec):
-                request_id = uuid.uuid4().bytes
-            else:
-                request_id = uuid.uuid5(uuid.NAMESPACE_OID, f"stopped/{spec.boot_id}").bytes
-            context = CallContext(request_id=request_id)
+            # A new id each time: a stored refusal must not answer for a boot for ever. That a
+            # boot has one STOPPED is the registry's work: a second joins it, or finds it over.
+            context = CallContext(request_id=uuid.uuid4().bytes)
             while True:
                 try:
                     await self.executor.begin(spec, context)
                     break
                 except BusError as error:
-                    if error.code != "UNAVAILABLE":
+                    if error.code not in saga.TRANSIENT:
                         log.info("nothing was begun for %s: %s", spec.uuid, error.message)
+                        self._later(spec)
                         break
-                    await asyncio.sleep(0.2)
+                    await asyncio.sleep(RETRY_S)
             self._known.discard(spec.boot_id)
+
+    def _later(self, spec: StoppedSpec | ApplySpec) -> None:
+        """A stop that was refused is looked at again: nobody else would report it."""
+        if isinstance(spec, StoppedSpec):
+            asyncio.get_running_loop().call_later(UNACCOUNTED_PERIOD_S, self._reconsider, spec.uuid)
+
+    def _reconsider(self, subject: str) -> None:
+        view = self.executor.replica.view
+        self._consider(stops.stopped(view.by_uuid_any(subject), view.power(subject)))
 
     async def run_unaccounted(self) -> None:
         """Ask the hypervisor about qubes that should run and that nobody reported."""

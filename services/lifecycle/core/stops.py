@@ -37,8 +37,12 @@ def unaccounted(view: View) -> Iterable[Qube]:
     if view.host is None:
         return
     for qube in view.qubes_any():
-        if qube.run.phase not in (Phase.UP, Phase.STOPPING):
-            continue
-        power = view.power(qube.uuid)
-        if power is None or power.boot_id != qube.run.boot_id:
+        if silent(qube, view.power(qube.uuid)):
             yield qube
+
+
+def silent(qube: Qube, power: PowerFact | None) -> bool:
+    """The qube should run, and nothing was said of its boot."""
+    if qube.run.phase not in (Phase.UP, Phase.STOPPING):
+        return False
+    return power is None or power.boot_id != qube.run.boot_id
