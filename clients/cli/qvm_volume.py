@@ -16,15 +16,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from clients.admin import AdminClient, wire
+from clients.admin import AdminClient, importing, wire
 from clients.admin.paths import QREXEC_CLIENT
 from clients.cli import tool
 
-CHUNK = 1 << 20
-BLOCK = 4096
 SETTABLE = ("rw", "revisions_to_keep", "ephemeral")
-_ZEROS = bytes(BLOCK)
-_ZERO_PIECE = bytes(CHUNK)
 
 
 def volume_of(text: str) -> tuple[str, str]:
@@ -234,67 +230,17 @@ def _into_path(
     answer = internal.text("internal.vm.volume.ImportBegin", qube, volume, announced)
     try:
         number, _, path = answer.partition(" ")
-        copy_data(source, Path(path), int(number), bar)
+        importing.copy_data(source, Path(path), int(number), _shown(bar))
     except BaseException as error:
-        reason = f"{type(error).__name__}: {error}".encode("ascii", "replace")[:500]
         with contextlib.suppress(*tool.FAILURES):
             # Its answer is an exception that repeats the reason; ours says more.
-            internal.call("internal.vm.volume.ImportEnd", qube, volume, b"fail\n" + reason)
+            internal.call("internal.vm.volume.ImportEnd", qube, volume, importing.failure(error))
         raise
     internal.call("internal.vm.volume.ImportEnd", qube, volume, b"ok")
 
 
-def copy_data(source: IO[bytes], path: Path, size: int, bar: tool.Bar) -> None:
-    """Write exactly size bytes of source to an existing file or device, blocks of zeros as
-    holes, and make them durable. ToolError where source has fewer or more bytes."""
-    with path.open("r+b", buffering=0) as target:
-        done = 0
-        for piece in _pieces(source, size):
-            _write_sparse(target, done, piece)
-            done += len(piece)
-            bar.show(done / max(size, 1), f"{done >> 20} of {size >> 20} MiB")
-        os.fsync(target.fileno())
-
-
-def _pieces(source: IO[bytes], size: int) -> Iterator[bytes]:
-    left = size
-    while left:
-        piece = source.read(min(CHUNK, left))
-        if not piece:
-            raise tool.ToolError(f"the data end after {size - left} of {size} bytes")
-        left -= len(piece)
-        yield piece
-    if source.read(1):
-        raise tool.ToolError(f"there are more than the announced {size} bytes")
-
-
-def _write_sparse(target: IO[bytes], offset: int, piece: bytes) -> None:
-    """Write what is not zero; a fresh import target reads as zeros where nothing is written."""
-    # Comparing and searching whole pieces is what keeps pace with the disk.
-    if piece == _ZERO_PIECE[: len(piece)]:
-        return
-    if _ZEROS not in piece:
-        _write_all(target, offset, piece)
-        return
-    start: int | None = None
-    for at in range(0, len(piece), BLOCK):
-        block = piece[at : at + BLOCK]
-        if block == _ZEROS[: len(block)]:
-            if start is not None:
-                _write_all(target, offset + start, piece[start:at])
-                start = None
-        elif start is None:
-            start = at
-    if start is not None:
-        _write_all(target, offset + start, piece[start:])
-
-
-def _write_all(target: IO[bytes], offset: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(target.fileno(), view, offset)
-        offset += written
-        view = view[written:]
+def _shown(bar: tool.Bar) -> importing.Progress:
+    return lambda done, size: bar.show(done / max(size, 1), f"{done >> 20} of {size >> 20} MiB")
 
 
 def _through_qrexec(
@@ -319,10 +265,11 @@ def _through_qrexec(
                 if resize:
                     process.stdin.write(f"{size}\n".encode())
                 done = 0
-                for piece in _pieces(source, size):
+                show = _shown(bar)
+                for piece in importing.pieces(source, size):
                     _pipe_all(process.stdin, piece)
                     done += len(piece)
-                    bar.show(done / max(size, 1), f"{done >> 20} of {size >> 20} MiB")
+                    show(done, size)
         except BaseException:
             # Short data end the import as failed on the other side.
             process.kill()

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from clients.admin import AdminClient, AdminError, QubeLine, exceptions
+from clients.admin.importing import DataError
 from clients.admin.paths import QREXEC_CLIENT, ROOT_VARIABLE, socket_path
 
 SOCKET_VARIABLE = "QUBESD_SOCKET"
@@ -48,7 +49,7 @@ class ToolError(Exception):
     """The tool cannot do it, for a reason that is not the daemon's; exit status 1."""
 
 
-FAILURES = (*AdminError, ToolError)
+FAILURES = (*AdminError, ToolError, DataError)
 
 Work = Callable[[argparse.Namespace, AdminClient], int]
 Command = Callable[..., argparse.ArgumentParser]

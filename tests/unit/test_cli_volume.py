@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clients.admin import importing
 from clients.cli import qvm_volume as volume
 from clients.cli import tool
 from tests.fakes.admin_daemon import AdminDaemon, Call, Refused
@@ -96,7 +97,7 @@ def test_the_wrong_number_of_bytes_fails_the_import(
     host.internal.answers = {**host.internal.answers, END: Refused("QubesException", "discarded")}
     assert host.run("import", "work:private", "--size", size, str(tmp_path / "image")) == 1
     assert capsys.readouterr().err == f"qvm-volume: {why}\n"
-    assert host.internal.calls[1].payload == f"fail\nToolError: {why}".encode()
+    assert host.internal.calls[1].payload == f"fail\nDataError: {why}".encode()
 
 
 def test_a_target_that_cannot_be_written_fails_the_import(
@@ -140,8 +141,8 @@ def test_a_pipe_needs_its_size(
     st.lists(
         st.one_of(
             st.binary(min_size=1, max_size=40),
-            st.integers(1, 3 * volume.BLOCK).map(bytes),
-            st.just(b"\1" * volume.BLOCK),
+            st.integers(1, 3 * importing.BLOCK).map(bytes),
+            st.just(b"\1" * importing.BLOCK),
         ),
         max_size=8,
     )
@@ -151,7 +152,7 @@ def test_any_mixture_of_data_and_zeros_arrives(tmp_path_factory, parts: list[byt
     data = b"".join(parts)
     with target.open("wb") as file:
         file.truncate(len(data))
-    volume.copy_data(io.BytesIO(data), target, len(data), tool.Bar("", quiet=True))
+    importing.copy_data(io.BytesIO(data), target, len(data))
     assert target.read_bytes() == data
 
 
