@@ -108,6 +108,18 @@ def _parser() -> argparse.ArgumentParser:
     history.add_argument("--limit", type=int, default=20, metavar="N")
     history.add_argument("--json", action="store_true", help="machine-readable")
 
+    audit = command("audit", cmd_audit, "read the audit log and verify its chain")
+    audit.add_argument("--verify", action="store_true", help="check every byte, print no records")
+    audit.add_argument("--qube", default="", metavar="NAME", help="only what tells of this qube")
+    audit.add_argument(
+        "--since",
+        default="",
+        metavar="WHEN",
+        help="a date or time (2026-01-31, 2026-01-31T12:00), or how long ago (90s, 10m, 2h, 3d)",
+    )
+    audit.add_argument("--json", action="store_true", help="machine-readable, one record a line")
+    audit.add_argument("--follow", action="store_true", help="go on with what is written later")
+
     command("dump", cmd_dump, "print the whole state in a canonical form")
     foreign = command("resolve", cmd_resolve, "decide about a qubes.xml that was edited by hand")
     decision = foreign.add_mutually_exclusive_group(required=True)
@@ -362,6 +374,24 @@ def cmd_history(args: argparse.Namespace) -> int:
             f"{entry['method']}  {entry['result']}"
         )
     return 0
+
+
+def cmd_audit(args: argparse.Namespace) -> int:
+    """Records of the audit log, oldest first; exit status 1 when the chain is broken."""
+    from clients.cli.instance import audit
+
+    settings = Settings(root=_absolute(args.root))
+    try:
+        return audit.show(
+            settings,
+            verify=args.verify,
+            qube=args.qube,
+            since=args.since,
+            as_json=args.json,
+            follow=args.follow,
+        )
+    except audit.AuditError as error:
+        raise CommandError(str(error)) from None
 
 
 def cmd_dump(args: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ from services.adminapi.adapters.gateway import (
 )
 from services.adminapi.adapters.paused_list import PausedList
 from services.adminapi.adapters.policy_files import PolicyFiles
+from services.adminapi.audit_exporter import AuditExporter
 from services.adminapi.backend import Backend
 from services.adminapi.core.policy import Evaluator
 from services.adminapi.handlers import AdminApi, RecentlyGone
@@ -34,7 +35,14 @@ async def build(context: ServiceContext) -> AdminApi:
     )
     policy.load()
     context.spawn(policy.follow(), "policy")
-    api = AdminApi(backend, Actions(backend, policy, paused), policy)
+    exporter = AuditExporter(
+        _audit_directory(context.settings),
+        lambda: context.channel("registry"),
+        backend.replica,
+        context.counters,
+    )
+    context.spawn(exporter.run(), "audit")
+    api = AdminApi(backend, Actions(backend, policy, paused), policy, exporter)
     gateway = Gateway(api)
     inherited = os.environ.get(LISTEN_FDS_VARIABLE, "")
     if inherited:
@@ -48,10 +56,16 @@ async def build(context: ServiceContext) -> AdminApi:
     async def stop() -> None:
         gateway.close_listeners()
         await api.stop()
+        await exporter.close()
         gateway.close()
 
     context.on_stop(stop)
     return api
+
+
+def _audit_directory(settings: Settings) -> Path:
+    """Made by the launcher, which alone may write its parent."""
+    return settings.log_dir / "audit"
 
 
 def _policy_directories(settings: Settings) -> tuple[Path, Path]:
@@ -62,9 +76,10 @@ def _policy_directories(settings: Settings) -> tuple[Path, Path]:
 def confinement(settings: Settings) -> Confinement:
     """Reads policy; binds the sockets itself only where nobody hands them in."""
     own = not os.environ.get(LISTEN_FDS_VARIABLE, "")
+    audit = _audit_directory(settings)
     return Confinement(
         read=tuple(d for d in (settings.etc_dir, settings.run_dir / "qubes") if d.exists()),
-        write=(settings.run_dir,) if own else (),
+        write=((settings.run_dir,) if own else ()) + ((audit,) if audit.exists() else ()),
     )
 
 

@@ -30,6 +30,7 @@ from bulkhead.model.records import (
     WireEvent,
 )
 from bulkhead.model.view import View
+from services.adminapi.audit_exporter import note_done
 from services.adminapi.core.exceptions import WireRefusal
 
 R = TypeVar("R", bound=Message)
@@ -164,6 +165,7 @@ class Backend:
             )
         except BusError as error:
             raise unavailable(error, request_id) from error
+        note_done(method)
         if header.revision or header.seq:
             await self.follow(header.revision, header.seq)
         return reply

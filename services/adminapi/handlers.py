@@ -29,8 +29,9 @@ from bulkhead.model.records import (
 from bulkhead.model.refusal import Refusal
 from services.adminapi.actions import Actions
 from services.adminapi.adapters.gateway import Peer
+from services.adminapi.audit_exporter import AuditExporter, begin_call, has_row
 from services.adminapi.backend import Backend, OperationFailed
-from services.adminapi.core import stats
+from services.adminapi.core import audit, stats
 from services.adminapi.core.answer import begin, refuse
 from services.adminapi.core.checks import Checked
 from services.adminapi.core.events import Streams, operation_events
@@ -93,8 +94,15 @@ class RecentlyGone:
 class AdminApi:
     """The gateway's application, and what Health shows of it."""
 
-    def __init__(self, backend: Backend, actions: Actions, policy: Policy) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        actions: Actions,
+        policy: Policy,
+        exporter: AuditExporter | None = None,
+    ) -> None:
         self._backend = backend
+        self._audit = exporter
         self._actions = actions
         self._policy = policy
         self._streams = Streams()
@@ -167,6 +175,7 @@ class AdminApi:
         if isinstance(answer, bytes):
             if answer.startswith(b"2"):
                 self.counters["refused"] += 1
+                self._note_frame(socket_name, untrusted_frame, answer)
             peer.reply(answer)
         elif answer.call.stream:
             self._open_stream(answer, peer)
@@ -199,12 +208,16 @@ class AdminApi:
 
     async def _answer(self, request: Checked, peer: Peer) -> None:
         method = request.call.name
+        done = begin_call()
+        result = "done"
         try:
             data = format_ok(await self._run(request))
         except (Refusal, WireRefusal, OperationFailed, BusError) as error:
             self.counters["refused"] += 1
             data = refuse(error.reason, error.message, method=method, restricted=request.restricted)
+            result = f"{error.reason}: {error.message}"
         except asyncio.CancelledError:
+            self._note_call(request, "refused", "OUTCOME_UNKNOWN: the service stopped")
             peer.reply(
                 refuse(
                     "OUTCOME_UNKNOWN",
@@ -214,7 +227,23 @@ class AdminApi:
             raise
         except Exception:
             data = self._unexpected(method)
+            result = "UNEXPECTED: an internal error"
+        if not has_row(done):
+            self._note_call(request, "call" if data.startswith(b"0") else "refused", result)
         peer.reply(data)
+
+    def _note_call(self, request: Checked, kind: str, result: str) -> None:
+        """Audit what could change something and left no change row."""
+        if self._audit is not None and request.call.effect != "ro":
+            self._audit.note(audit.of_call(request, kind, result))
+
+    def _note_frame(self, socket_name: str, untrusted_frame: bytes, answer: bytes) -> None:
+        if self._audit is None:
+            return
+        result = b": ".join(answer.split(b"\0")[1:4:2]).decode("utf-8", "replace")
+        record = audit.of_frame(socket_name, untrusted_frame, result)
+        if record is not None:
+            self._audit.note(record)
 
     async def _run(self, request: Checked) -> str:
         write = WRITES.get(request.call.handler)

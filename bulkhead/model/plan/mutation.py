@@ -8,6 +8,7 @@ announced carries the events (PlanRefused).
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -148,6 +149,10 @@ _PLANS: Mapping[type[Any], Callable[[Draft, Any], None]] = {
 }
 
 
+# Names whose values no audit row may hold.
+_SECRET = re.compile(r"passw|passphrase|secret|token|credential|private[-_.]?key", re.IGNORECASE)
+
+
 def _told(command: Command) -> dict[str, str]:
     """What the audit row says of a command: no content of notes, no secret."""
     match command:
@@ -158,6 +163,8 @@ def _told(command: Command) -> dict[str, str]:
             return {"qube": qube, "device": devices.identity(device)}
         case SetAssignment(qube, device, mode):
             return {"qube": qube, "device": devices.identity(device), "mode": mode}
+        case SetProperty(name=name) | SetFeature(name=name) if _SECRET.search(name):
+            return {"qube": command.qube, "name": name, "value": "(left out)"}
         case _:
             return {
                 name.removeprefix("untrusted_"): str(value)

@@ -27,6 +27,7 @@ def ensure(settings: Settings, accounts: Mapping[str, Account], pool_dir: Path |
         _directory(settings.root / "run", 0o755)
     _directory(settings.log_dir, 0o755)
     _directory(settings.log_dir / "console", 0o2770, _with_disk_group(accounts.get("domains")))
+    _directory(settings.log_dir / "audit", 0o750, accounts.get("adminapi"))
     _directory(settings.etc_dir, 0o755)
     _directory(settings.bus_dir, 0o755)
     # 0711: storage and firewall reach their own folders below but cannot list or write here.
