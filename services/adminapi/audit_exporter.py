@@ -1,0 +1,240 @@
+"""Carries the registry's change rows into the audit log, and the calls that have none.
+
+Owns the order of what is written and where the export goes on after a restart. Must not
+know the form of a line. Invariant: each change row is written once, in order of its
+revision; what is missing is said in a record of its own, never passed over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from bulkhead.api import registry_pb2
+from bulkhead.bus.client import Channel
+from bulkhead.bus.errors import BusError
+from bulkhead.bus.events import Entry, ReplicaRunner
+from services.adminapi.adapters.audit_file import AuditFile
+from services.adminapi.core.audit import RECORDED, Bound
+
+log = logging.getLogger("bulkhead.adminapi.audit")
+
+# Records wait this long for others, so that one fsync serves many.
+BATCH_S = 0.2
+RETRY_S = 1.0
+_PAGE = 200
+_QUEUE_LIMIT = 5000
+_HISTORY_S = 10.0
+
+# Bus methods that a call under way has had success with.
+_done: ContextVar[set[str] | None] = ContextVar("audit_done", default=None)
+
+
+def begin_call() -> set[str]:
+    """Note what the present task does on the bus from now on; the set that gets filled."""
+    found: set[str] = set()
+    _done.set(found)
+    return found
+
+
+def note_done(method: str) -> None:
+    """A bus method ("Registry.Mutate") succeeded for the present call."""
+    found = _done.get()
+    if found is not None:
+        found.add(method)
+
+
+def has_row(done: set[str]) -> bool:
+    """True when a change row tells of the call already."""
+    return not RECORDED.isdisjoint(done)
+
+
+class AuditExporter:
+    """Background export; note() adds what the registry does not know."""
+
+    def __init__(
+        self,
+        directory: Path,
+        registry: Callable[[], Channel],
+        replica: ReplicaRunner,
+        counters: dict[str, int] | None = None,
+    ) -> None:
+        self._directory = directory
+        self._registry = registry
+        self._replica = replica
+        self._queue: deque[dict[str, Any]] = deque()
+        self._bound = Bound()
+        self._wake = asyncio.Event()
+        self._file: AuditFile | None = None
+        self._writing = asyncio.Lock()
+        self.counters = counters if counters is not None else {}
+        self.counters.update({"audit_records": 0, "audit_failures": 0})
+        replica.subscribe(self._entry)
+
+    def _entry(self, entry: Entry) -> None:
+        if entry.revision or entry.resync:
+            self._wake.set()
+
+    def note(self, record: dict[str, Any]) -> None:
+        """Queue the record of a call; bounded by source and as a whole."""
+        if len(self._queue) >= _QUEUE_LIMIT:
+            held = self._bound.held_back
+            held["*"] = held.get("*", 0) + 1
+        elif self._bound.admit(str(record["source"]), time.monotonic()):
+            self._queue.append({"time": time.time(), **record})
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Export until cancelled."""
+        await self._replica.ready()
+        self._wake.set()
+        while True:
+            await self._wake.wait()
+            await asyncio.sleep(BATCH_S)
+            self._wake.clear()
+            if not await self.flush():
+                await asyncio.sleep(RETRY_S)
+                self._wake.set()
+
+    async def flush(self) -> bool:
+        """Write what there is now; False when that failed (it stays to be written)."""
+        async with self._writing:
+            try:
+                await self._catch_up()
+                await self._write_notes()
+            except (OSError, BusError) as error:
+                self.counters["audit_failures"] += 1
+                log.error("the audit log cannot be written, trying again: %s", error)
+                if isinstance(error, OSError) and self._file is not None:
+                    self._file.close()
+                    self._file = None
+                return False
+            return True
+
+    # ----
+
+    async def _opened(self) -> AuditFile:
+        if self._file is None:
+            file = AuditFile(self._directory)
+            try:
+                await asyncio.to_thread(file.open)
+            except OSError:
+                file.close()
+                raise
+            self._file = file
+            if file.finding:
+                await self._append([_gap(file.finding)])
+        return self._file
+
+    async def _append(self, records: list[dict[str, Any]]) -> None:
+        assert self._file is not None
+        await asyncio.to_thread(self._file.append, records)
+        self.counters["audit_records"] += len(records)
+
+    async def _catch_up(self) -> None:
+        file = await self._opened()
+        newest = self._replica.revision
+        if newest < file.head.exported:
+            await self._append(
+                [_restart(f"the store went back from {file.head.exported} to {newest}")]
+            )
+        while file.head.exported < newest:
+            reply = await self._registry().call(
+                "bulkhead.api.Registry.History",
+                registry_pb2.HistoryRequest(after_revision=file.head.exported, limit=_PAGE),
+                registry_pb2.HistoryReply,
+                timeout=_HISTORY_S,
+            )
+            if not reply.entries:
+                return  # what the replica has is older than the oldest row that is kept
+            records = _records(list(reply.entries), file.head.exported, file.head.registry_hash)
+            await self._append(records)
+
+    async def _write_notes(self) -> None:
+        while self._queue or self._bound.held_back:
+            batch = [self._queue[i] for i in range(min(len(self._queue), _PAGE))]
+            held = self._bound.take_held_back()
+            batch += [
+                {
+                    "kind": "held-back",
+                    "time": time.time(),
+                    "caller": "adminapi",
+                    "source": source,
+                    "method": "",
+                    "result": f"{count} more records of calls were not written, they were too many",
+                }
+                for source, count in held.items()
+            ]
+            taken = min(len(self._queue), _PAGE)
+            await self._append(batch)
+            for _ in range(taken):
+                self._queue.popleft()
+
+    async def close(self) -> None:
+        """Write what waits and close."""
+        await self.flush()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _gap(text: str) -> dict[str, Any]:
+    return {
+        "kind": "gap",
+        "time": time.time(),
+        "caller": "adminapi",
+        "source": "",
+        "method": "",
+        "result": text,
+    }
+
+
+def _restart(text: str) -> dict[str, Any]:
+    return {**_gap(f"{text}; its records follow from the oldest"), "exported": 0,
+            "registry_hash": ""}  # fmt: skip
+
+
+def _records(
+    entries: list[registry_pb2.HistoryEntry], exported: int, registry_hash: str
+) -> list[dict[str, Any]]:
+    """Records of rows that follow `exported`, with a gap where rows are missing."""
+    records: list[dict[str, Any]] = []
+    for entry in entries:
+        if entry.revision != exported + 1:
+            if exported:
+                missing = f"revisions {exported + 1} to {entry.revision - 1}"
+                records.append(_gap(f"{missing} were pruned before they were exported"))
+        elif registry_hash and entry.previous_hash.hex() != registry_hash:
+            records.append(_restart("another store's records, or a journal made anew"))
+            return records
+        exported, registry_hash = entry.revision, entry.hash.hex()
+        records.append(
+            {
+                "exported": exported,
+                "registry_hash": registry_hash,
+                "kind": "change",
+                "time": entry.time,
+                "revision": entry.revision,
+                "caller": entry.caller,
+                "source": entry.source,
+                "method": entry.method,
+                "before": _json(entry.before),
+                "after": _json(entry.after),
+                "result": entry.result,
+            }
+        )
+    return records
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
