@@ -116,6 +116,11 @@ class Settings:
         }
 
     @property
+    def callers_dir(self) -> Path:
+        """run/bulkhead/callers/QUBE.sock: sockets on which policy is asked for every call."""
+        return self.bus_dir / "callers"
+
+    @property
     def file(self) -> Path:
         return self.bus_dir / "settings.json"
 

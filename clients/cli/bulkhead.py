@@ -147,7 +147,30 @@ def _parser() -> argparse.ArgumentParser:
     ):
         sub.add_argument("--root", type=Path, default=Path("/"), metavar="DIR")
         sub.set_defaults(run=function)
+    _policy_parser(command)
     return parser
+
+
+def _policy_parser(command: Callable[..., argparse.ArgumentParser]) -> None:
+    policy = command("policy", cmd_policy, "explain, check and prepare policy; callers' sockets")
+    verbs = policy.add_subparsers(dest="verb", required=True, metavar="VERB")
+    explain = verbs.add_parser("explain", help="say which file and line decides a call")
+    explain.add_argument("caller", metavar="CALLER")
+    explain.add_argument("call", metavar="METHOD[+ARGUMENT]")
+    explain.add_argument("target", metavar="TARGET")
+    lint = verbs.add_parser("lint", help="list every error of the policy files")
+    includes = verbs.add_parser("includes", help="the default policy files of the Admin API")
+    includes.add_argument(
+        "--write", type=Path, metavar="DIR", help="write them into a policy.d directory"
+    )
+    opening = verbs.add_parser("open", help="give a qube a socket on which policy decides")
+    closing = verbs.add_parser("close", help="take a qube's socket away")
+    for sub in (opening, closing):
+        sub.add_argument("qube", metavar="QUBE")
+    listing = verbs.add_parser("callers", help="list the qubes with a socket of their own")
+    for sub in (explain, lint, includes, opening, closing, listing):
+        # A default here would hide the one given before the verb.
+        sub.add_argument("--root", type=Path, default=argparse.SUPPRESS, metavar="DIR")
 
 
 # ---- init and run
@@ -392,6 +415,35 @@ def cmd_audit(args: argparse.Namespace) -> int:
         )
     except audit.AuditError as error:
         raise CommandError(str(error)) from None
+
+
+def cmd_policy(args: argparse.Namespace) -> int:
+    """The verbs of `bulkhead policy`; explain: exit status 1 where the call is refused."""
+    from clients.admin import AdminError
+    from clients.cli.instance import policy
+
+    settings = Settings(root=_absolute(args.root))
+    try:
+        match args.verb:
+            case "explain":
+                allowed, lines = policy.explain(settings, args.caller, args.call, args.target)
+                print("\n".join(lines))
+                return 0 if allowed else 1
+            case "lint":
+                found = policy.lint(settings)
+                print("\n".join([*found, policy.REMEDY]) if found else "no errors")
+                return 1 if found else 0
+            case "includes":
+                return policy.includes(args.write)
+            case "open":
+                print(policy.open_socket(settings, args.qube))
+            case "close":
+                policy.close_socket(settings, args.qube)
+            case _:
+                print("\n".join(policy.sockets(settings)) or "no qube has a socket of its own")
+    except (policy.PolicyCommandError, *AdminError) as error:
+        raise CommandError(str(error)) from None
+    return 0
 
 
 def cmd_dump(args: argparse.Namespace) -> int:

@@ -8,7 +8,10 @@ from pathlib import Path
 from bulkhead.bus.confine import Confinement
 from bulkhead.bus.runtime import ServiceContext, serve
 from bulkhead.config import Settings
+from bulkhead.model.policy import Evaluator, ViewWorld
+from bulkhead.policy_files import PolicyFiles
 from services.adminapi.actions import Actions
+from services.adminapi.adapters.callers import CallerSockets
 from services.adminapi.adapters.gateway import (
     LISTEN_FDS_VARIABLE,
     Gateway,
@@ -16,10 +19,9 @@ from services.adminapi.adapters.gateway import (
     inherited_sockets,
 )
 from services.adminapi.adapters.paused_list import PausedList
-from services.adminapi.adapters.policy_files import PolicyFiles
 from services.adminapi.audit_exporter import AuditExporter
 from services.adminapi.backend import Backend
-from services.adminapi.core.policy import Evaluator
+from services.adminapi.callers import Callers
 from services.adminapi.handlers import AdminApi, RecentlyGone
 from services.adminapi.policy_keeper import PolicyKeeper
 
@@ -30,8 +32,8 @@ async def build(context: ServiceContext) -> AdminApi:
     paused = PausedList(context.settings.service_dir("adminapi") / "previously-paused.list")
     gone = RecentlyGone(backend.replica)
     policy = PolicyKeeper(
-        PolicyFiles(_policy_directories(context.settings)),
-        Evaluator(lambda: backend.view, gone.find),
+        PolicyFiles.of(context.settings),
+        Evaluator(ViewWorld(lambda: backend.view, gone.find)),
     )
     policy.load()
     context.spawn(policy.follow(), "policy")
@@ -42,7 +44,11 @@ async def build(context: ServiceContext) -> AdminApi:
         context.counters,
     )
     context.spawn(exporter.run(), "audit")
-    api = AdminApi(backend, Actions(backend, policy, paused), policy, exporter)
+    actions = Actions(backend, policy, paused)
+    api = AdminApi(backend, actions, policy, exporter)
+    callers = Callers(CallerSockets(context.settings.callers_dir), backend.replica)
+    actions.callers = callers
+    api.confine(callers, policy, gone)
     gateway = Gateway(api)
     inherited = os.environ.get(LISTEN_FDS_VARIABLE, "")
     if inherited:
@@ -52,6 +58,7 @@ async def build(context: ServiceContext) -> AdminApi:
             name: bind_socket(path) for name, path in context.settings.admin_sockets().items()
         }
     await gateway.listen(sockets)
+    context.spawn(callers.serve_with(gateway), "callers")
 
     async def stop() -> None:
         gateway.close_listeners()
@@ -68,18 +75,15 @@ def _audit_directory(settings: Settings) -> Path:
     return settings.log_dir / "audit"
 
 
-def _policy_directories(settings: Settings) -> tuple[Path, Path]:
-    """What is in run/ hides what has the same name in etc/."""
-    return settings.run_dir / "qubes/policy.d", settings.etc_dir / "policy.d"
-
-
 def confinement(settings: Settings) -> Confinement:
     """Reads policy; binds the sockets itself only where nobody hands them in."""
     own = not os.environ.get(LISTEN_FDS_VARIABLE, "")
     audit = _audit_directory(settings)
+    policy = (settings.etc_dir, settings.etc_dir.parent / "qubes-rpc", settings.run_dir / "qubes")
+    written = (audit, settings.callers_dir)
     return Confinement(
-        read=tuple(d for d in (settings.etc_dir, settings.run_dir / "qubes") if d.exists()),
-        write=((settings.run_dir,) if own else ()) + ((audit,) if audit.exists() else ()),
+        read=tuple(d for d in policy if d.exists()),
+        write=((settings.run_dir,) if own else ()) + tuple(d for d in written if d.exists()),
     )
 
 

@@ -39,6 +39,7 @@ from bulkhead.model.records import (
 from bulkhead.model.refusal import Refusal
 from services.adminapi.adapters.paused_list import PausedList
 from services.adminapi.backend import Backend, OperationFailed
+from services.adminapi.callers import Callers
 from services.adminapi.core import requests, volumes
 from services.adminapi.core.checks import Checked
 from services.adminapi.core.exceptions import WireRefusal
@@ -70,6 +71,7 @@ class Actions:
         self._policy = policy
         self._paused = paused
         self._tokens = volumes.CopyTokens()
+        self.callers: Callers | None = None
 
     # ---- state
 
@@ -117,7 +119,12 @@ class Actions:
         """
         view = self._backend.view
         parts = []
-        for number, qube in enumerate(list(listed(ReadContext(view, self._policy), request))):
+        shown = list(listed(ReadContext(view, self._policy), request))
+        if request.restricted:
+            # Listing a qube gives its line only; properties and tags are a grant of their own.
+            name, source = request.call.name, request.source.name
+            shown = [q for q in shown if self._policy.allows(name, "+", source, q.name)]
+        for number, qube in enumerate(shown):
             parts.append(qube_record(view, qube))
             if number % _AT_ONCE == _AT_ONCE - 1:
                 await asyncio.sleep(0)
@@ -441,6 +448,26 @@ class Actions:
             source=request.source.name,
         )
         return ""
+
+    # ---- sockets of callers
+
+    def _callers_for(self, request: Checked) -> Callers:
+        if request.restricted or self.callers is None:
+            raise WireRefusal("CALL_DENIED", "sockets of callers are dom0's to give")
+        return self.callers
+
+    async def caller_open(self, request: Checked) -> str:
+        """Path of the destination's own socket, made where it is not there; dom0 only."""
+        return await self._callers_for(request).open(request.dest)
+
+    async def caller_close(self, request: Checked) -> str:
+        """Take the destination's own socket away; dom0 only."""
+        self._callers_for(request).close(request.dest.uuid)
+        return ""
+
+    async def caller_list(self, request: Checked) -> str:
+        """`NAME PATH` of every caller's own socket, one per line; dom0 only."""
+        return "".join(f"{n} {path}\n" for n, path in self._callers_for(request).paths())
 
     # ---- suspend of the host
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import Any
 
 from bulkhead.api import domains_pb2
@@ -20,6 +20,7 @@ from bulkhead.model import specs
 from bulkhead.model.evaluate import evaluate
 from bulkhead.model.records import (
     ADMINVM_NAME,
+    Operation,
     OperationPut,
     Phase,
     Qube,
@@ -31,8 +32,9 @@ from services.adminapi.actions import Actions
 from services.adminapi.adapters.gateway import Peer
 from services.adminapi.audit_exporter import AuditExporter, begin_call, has_row
 from services.adminapi.backend import Backend, OperationFailed
+from services.adminapi.callers import PREFIX, Callers
 from services.adminapi.core import audit, stats
-from services.adminapi.core.answer import begin, refuse
+from services.adminapi.core.answer import begin, begin_confined, refuse
 from services.adminapi.core.checks import Checked
 from services.adminapi.core.events import Streams, operation_events
 from services.adminapi.core.exceptions import WireRefusal
@@ -44,6 +46,12 @@ from services.adminapi.core.frame import (
     format_ok,
 )
 from services.adminapi.core.permission import Policy
+from services.adminapi.core.policy_filter import (
+    Judge,
+    confined_reason,
+    may_have_stats,
+    shown_operation,
+)
 from services.adminapi.core.reads import (
     ReadContext,
     find_operation,
@@ -71,6 +79,11 @@ class RecentlyGone:
         self._known: dict[str, Qube] = {}
         self._gone: dict[str, Qube] = {}
         replica.subscribe(self._entry)
+
+    @property
+    def records(self) -> Mapping[str, Qube]:
+        """The last records of qubes that are gone, by name."""
+        return self._gone
 
     def find(self, name: str) -> Qube | None:
         """The last record of a qube of that name that is gone."""
@@ -105,6 +118,9 @@ class AdminApi:
         self._audit = exporter
         self._actions = actions
         self._policy = policy
+        self._callers: Callers | None = None
+        self._judge: Judge | None = None
+        self._gone: Mapping[str, Qube] = {}
         self._streams = Streams()
         self._watches: dict[Peer, Checked] = {}
         self._stats: dict[Peer, Checked] = {}
@@ -113,6 +129,10 @@ class AdminApi:
         self._context: ReadContext | None = None
         self.counters: dict[str, int] = {"calls": 0, "drops": 0, "refused": 0, "errors": 0}
         backend.replica.subscribe(self._entry)
+
+    def confine(self, callers: Callers, judge: Judge, gone: RecentlyGone) -> None:
+        """Serve callers' sockets too, on which `judge` is asked for every call."""
+        self._callers, self._judge, self._gone = callers, judge, gone.records
 
     # ---- Health
 
@@ -163,7 +183,10 @@ class AdminApi:
 
     def _serve(self, socket_name: str, untrusted_frame: bytes, peer: Peer) -> None:
         try:
-            answer = begin(self._read_context(), socket_name, untrusted_frame)
+            if socket_name.startswith(PREFIX):
+                answer = self._begin_confined(socket_name, untrusted_frame)
+            else:
+                answer = begin(self._read_context(), socket_name, untrusted_frame)
         except Drop as drop:
             self.counters["drops"] += 1
             log.debug("dropped: %s", drop)
@@ -181,6 +204,14 @@ class AdminApi:
             self._open_stream(answer, peer)
         else:
             self._spawn(self._answer(answer, peer))
+
+    def _begin_confined(self, socket_name: str, untrusted_frame: bytes) -> bytes | Checked:
+        if self._callers is None or self._judge is None:
+            raise Drop("nothing is served on the sockets of callers")
+        caller = self._callers.qube(socket_name)
+        if caller is None:
+            raise Drop("the caller is gone")
+        return begin_confined(self._read_context(), self._judge, caller, untrusted_frame)
 
     def too_many(self) -> bytes:
         """For a connection above the limit."""
@@ -214,7 +245,8 @@ class AdminApi:
             data = format_ok(await self._run(request))
         except (Refusal, WireRefusal, OperationFailed, BusError) as error:
             self.counters["refused"] += 1
-            data = refuse(error.reason, error.message, method=method, restricted=request.restricted)
+            reason = confined_reason(self._backend.view, self._policy, request, error.reason)
+            data = refuse(reason, error.message, method=method, restricted=request.restricted)
             result = f"{error.reason}: {error.message}"
         except asyncio.CancelledError:
             self._note_call(request, "refused", "OUTCOME_UNKNOWN: the service stopped")
@@ -279,7 +311,7 @@ class AdminApi:
                 )
         elif entry.events:
             try:
-                self._streams.publish(self._policy, view, entry.events)
+                self._streams.publish(self._policy, view, entry.events, self._gone)
             except Exception:
                 log.exception("events of entry %d could not be written", entry.seq)
         if self._watches:
@@ -309,7 +341,7 @@ class AdminApi:
 
     def _open_events(self, request: Checked, peer: Peer) -> None:
         uuid = "" if request.dest.name == ADMINVM_NAME else request.dest.uuid
-        stream = self._streams.open(request.source.name, uuid, peer)
+        stream = self._streams.open(request.source.name, uuid, peer, confined=request.confined)
         peer.on_gone = lambda: self._streams.close(stream.number)
         peer.begin_stream()
 
@@ -321,8 +353,8 @@ class AdminApi:
         view = self._backend.view
         wanted = [find_operation(view, request)] if request.arg else []
         peer.push(CONNECTION_ESTABLISHED)
-        for event in operation_events(operation_record(view, o) for o in wanted):
-            peer.push(format_event(event.subject, event.name, event.pairs))
+        for operation in wanted:
+            peer.push(self._moved(request, operation))
         if wanted and wanted[0].state.terminal:
             peer.end()
             return
@@ -337,16 +369,20 @@ class AdminApi:
         else:
             moved = [c.operation for c in entry.changes if isinstance(c, OperationPut)]
         for operation in moved:
-            events = operation_events([operation_record(view, operation)])
-            data = b"".join(format_event(e.subject, e.name, e.pairs) for e in events)
             for peer, request in list(self._watches.items()):
                 if request.arg not in ("", operation.id):
                     continue
                 if not may_see_operation(request, operation):
                     continue
-                peer.push(data)
+                peer.push(self._moved(request, operation))
                 if request.arg and operation.state.terminal:
                     peer.end()
+
+    def _moved(self, request: Checked, operation: Operation) -> bytes:
+        view = self._backend.view
+        record = operation_record(view, operation)
+        shown = shown_operation(view, self._policy, request, operation, record)
+        return b"".join(format_event(e.subject, e.name, e.pairs) for e in operation_events([shown]))
 
     @staticmethod
     def _forget(streams: dict[Peer, Checked], peer: Peer) -> None:
@@ -414,7 +450,8 @@ class AdminApi:
             )
             data = format_event(qube.name, "vm-stats", stats.pairs(sample, before.get(qube.uuid)))
             for peer, request in list(self._stats.items()):
-                if request.dest.name == ADMINVM_NAME or request.dest.uuid == qube.uuid:
+                wanted = request.dest.name == ADMINVM_NAME or request.dest.uuid == qube.uuid
+                if wanted and may_have_stats(self._policy, request, qube):
                     peer.push(data)
         return samples
 

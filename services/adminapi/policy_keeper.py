@@ -1,7 +1,8 @@
 """The policy in force: rules from files, kept up to date.
 
 Owns when files are read anew. Must not know their syntax. Invariant: what cannot be
-read allows nothing; without any policy file a qube sees itself alone.
+read allows nothing; without any policy file a qube sees itself alone, and may call
+nothing.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from services.adminapi.adapters.policy_files import PolicyFiles, Stamp
+from bulkhead.model.policy import Decision, Evaluator, PolicyError, parse
+from bulkhead.policy_files import PolicyFiles, Stamp
 from services.adminapi.core.permission import DenyAll
-from services.adminapi.core.policy import Evaluator, PolicyError, parse
 
 log = logging.getLogger("bulkhead.adminapi")
 
@@ -19,7 +20,7 @@ PERIOD_S = 1.0
 
 
 class PolicyKeeper:
-    """A permission.Policy that follows the files."""
+    """A permission.Policy and a policy_filter.Judge that follow the files."""
 
     def __init__(self, files: PolicyFiles, evaluator: Evaluator) -> None:
         self._files = files
@@ -33,6 +34,10 @@ class PolicyKeeper:
         policy = self._evaluator if self._present else self._nothing
         return policy.allows(service, argument, source, target)
 
+    def decide(self, service: str, argument: str, source: str, target: str) -> Decision:
+        """See policy_filter.Judge."""
+        return self._evaluator.decide(service, argument, source, target)
+
     def load(self) -> None:
         """Read the files if they have changed."""
         try:
@@ -40,9 +45,9 @@ class PolicyKeeper:
             if stamp == self._stamp:
                 return
             self._stamp = stamp
-            files = self._files.read()
-            present = any(p.endswith(".policy") and "/" not in p for p in files)
-            rules = parse(files)
+            tree, legacy = self._files.read()
+            present = any(p.endswith(".policy") and "/" not in p for d in tree for p in d.files)
+            rules = parse(tree, legacy)
         except (OSError, ValueError) as error:
             # PolicyError is a ValueError.
             kind = "policy" if isinstance(error, PolicyError) else "policy file"

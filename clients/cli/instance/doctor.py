@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bulkhead.bus.errors import BusError
 from bulkhead.config import SERVICES, Settings, SettingsError
-from clients.cli.instance import operator
+from clients.cli.instance import operator, policy
 
 # The widest mode that each kind of path may have.
 SOCKET_DIRECTORY_MODE = 0o2710
@@ -35,7 +35,7 @@ class Finding:
 
 def examine(root: Path) -> list[Finding]:
     """Every finding for the instance below root, running or not."""
-    findings = list(_files(Settings(root=root)))
+    findings = [*_files(Settings(root=root)), *_policy(Settings(root=root))]
     try:
         settings = Settings.load(root)
         launcher = json.loads((settings.bus_dir / "launcher.json").read_text())
@@ -66,6 +66,11 @@ def _files(settings: Settings) -> Iterator[Finding]:
             "qubes.xml is missing",
             "bulkhead run writes it again from the journal's last checkpoint",
         )
+
+
+def _policy(settings: Settings) -> Iterator[Finding]:
+    for problem in policy.lint(settings):
+        yield Finding("policy", problem, f"mend the file: {policy.REMEDY}")
 
 
 def _services(settings: Settings, launcher: dict[str, object]) -> Iterator[Finding]:

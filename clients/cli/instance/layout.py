@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bulkhead.config import SERVICES, Settings
-from clients.cli.instance.accounts import Account, disk_gid
+from clients.cli.instance.accounts import Account, client_gid, disk_gid
 
 
 def ensure(settings: Settings, accounts: Mapping[str, Account], pool_dir: Path | None) -> None:
@@ -29,7 +29,14 @@ def ensure(settings: Settings, accounts: Mapping[str, Account], pool_dir: Path |
     _directory(settings.log_dir / "console", 0o2770, _with_disk_group(accounts.get("domains")))
     _directory(settings.log_dir / "audit", 0o750, accounts.get("adminapi"))
     _directory(settings.etc_dir, 0o755)
+    if not (settings.run_dir / "qubes").exists():  # policy made at run time
+        _directory(settings.run_dir / "qubes", 0o755)
     _directory(settings.bus_dir, 0o755)
+    _directory(
+        settings.callers_dir,
+        0o2710 if accounts else 0o700,
+        _with_client_group(accounts.get("adminapi")),
+    )
     # 0711: storage and firewall reach their own folders below but cannot list or write here.
     _directory(settings.state_dir, 0o711, accounts.get("registry"))
     pool = pool_dir or settings.state_dir
@@ -46,6 +53,12 @@ def ensure(settings: Settings, accounts: Mapping[str, Account], pool_dir: Path |
     for service in (*SERVICES, "simhv", "libvirt"):
         owner = accounts.get("domains" if service in ("simhv", "libvirt") else service)
         _directory(settings.service_dir(service), 0o2710 if accounts else 0o700, owner)
+
+
+def _with_client_group(account: Account | None) -> Account | None:
+    """The account with the group that may use the Admin API, where there is one."""
+    gid = client_gid()
+    return replace(account, gid=gid) if account is not None and gid is not None else account
 
 
 def _with_disk_group(account: Account | None) -> Account | None:

@@ -75,6 +75,11 @@ class Peer(asyncio.Protocol):
         self.gone = False
         self.on_gone: Callable[[], None] | None = None
 
+    @property
+    def socket_name(self) -> str:
+        """Of the listening socket that the connection came through."""
+        return self._name
+
     # ---- asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -191,7 +196,7 @@ class Gateway:
         self.slow_readers = 0
         self.dropped_for_room = 0
         self._loop = asyncio.get_running_loop()
-        self._servers: list[asyncio.AbstractServer] = []
+        self._servers: dict[str, asyncio.AbstractServer] = {}
         self._peers: set[Peer] = set()
         # Insertion order: the oldest first.
         self._incomplete: dict[Peer, None] = {}
@@ -205,7 +210,7 @@ class Gateway:
         return len(self._peers)
 
     async def listen(self, sockets: Mapping[str, socket.socket]) -> None:
-        """Serve these listening sockets, by name ("admin", "internal", "misc")."""
+        """Serve these listening sockets, by name ("admin", "internal", "misc" or a caller's)."""
         for name, listening in sockets.items():
             listening.setblocking(False)
             server = await self._loop.create_unix_server(
@@ -213,13 +218,21 @@ class Gateway:
                 sock=listening,
                 backlog=_BACKLOG,
             )
-            self._servers.append(server)
+            self._servers[name] = server
 
     def close_listeners(self) -> None:
         """Take no further connections; those that are open go on."""
-        for server in self._servers:
+        for server in self._servers.values():
             server.close()
         self._servers.clear()
+
+    def stop_listening(self, name: str) -> None:
+        """Take no further connections on one socket and end those that it has."""
+        server = self._servers.pop(name, None)
+        if server is not None:
+            server.close()
+        for peer in [p for p in self._peers if p.socket_name == name]:
+            peer.hung_up()
 
     def close(self) -> None:
         """Close everything."""

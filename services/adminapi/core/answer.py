@@ -6,11 +6,15 @@ well-formed frame always ends in bytes that a client understands, never in silen
 
 from __future__ import annotations
 
-from bulkhead.model.records import ADMINVM_NAME
+from collections.abc import Callable
+from dataclasses import replace
+
+from bulkhead.model.records import ADMINVM_NAME, Qube
 from bulkhead.model.refusal import Refusal
 from services.adminapi.core.checks import Checked, check
 from services.adminapi.core.exceptions import WireRefusal, class_of, message_for
-from services.adminapi.core.frame import format_exception, format_ok, parse_request
+from services.adminapi.core.frame import Request, format_exception, format_ok, parse_request
+from services.adminapi.core.policy_filter import Judge, gate
 from services.adminapi.core.reads import READS, ReadContext
 
 
@@ -25,10 +29,25 @@ def begin(context: ReadContext, socket: str, untrusted_frame: bytes) -> bytes | 
 
     Raises Drop where the connection is to be closed without a byte.
     """
-    request = parse_request(untrusted_frame)
+    return _answer(
+        context, parse_request(untrusted_frame), lambda r: check(context.view, socket, r)
+    )
+
+
+def begin_confined(
+    context: ReadContext, judge: Judge, caller: Qube, untrusted_frame: bytes
+) -> bytes | Checked:
+    """As begin(), for a socket that belongs to one caller; Drop for what policy refuses."""
+    request = replace(parse_request(untrusted_frame), untrusted_source=caller.name.encode())
+    return _answer(context, request, lambda r: gate(context.view, judge, caller, r))
+
+
+def _answer(
+    context: ReadContext, request: Request, checks: Callable[[Request], Checked]
+) -> bytes | Checked:
     method = ""
     try:
-        checked = check(context.view, socket, request)
+        checked = checks(request)
         method = checked.call.name
         read = READS.get(checked.call.handler)
         return format_ok(read(context, checked)) if read is not None else checked

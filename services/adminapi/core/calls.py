@@ -169,6 +169,9 @@ bulkhead.kernel.Add                      admin 0 ! ! rwx global kernel_add
 bulkhead.kernel.Remove                   admin 0 ! - rwx global kernel_remove
 bulkhead.vm.firewall.Effective           admin V - - ro  local  firewall_effective
 bulkhead.vm.GetAll                       admin * - - ro  global vm_get_all
+bulkhead.caller.Open                     admin V - - rwx -      caller_open
+bulkhead.caller.Close                    admin V - - rwx -      caller_close
+bulkhead.caller.List                     admin 0 - - ro  -      caller_list
 """
 
 # Names that 4.4 installs or documents without any handler behind them; asking for one

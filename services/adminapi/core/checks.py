@@ -25,13 +25,17 @@ _UUID_PREFIX = "uuid:"
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A call with its row, source and destination; untrusted_payload as it came."""
+    """A call with its row, source and destination; untrusted_payload as it came.
+
+    confined: it came through a socket of its source's own and policy has allowed it.
+    """
 
     call: Call
     source: Qube
     dest: Qube
     arg: str
     untrusted_payload: bytes = b""
+    confined: bool = False
 
     @property
     def restricted(self) -> bool:

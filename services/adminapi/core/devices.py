@@ -7,7 +7,7 @@ is always readable text, whatever a guest wrote into a device's description.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from bulkhead.model.grammar import (
     ANY,
@@ -55,8 +55,10 @@ def parse_assignment(identity: Assignment, frontend: Qube, untrusted_payload: by
     )
 
 
-def _device_line(view: View, backend: Qube, fact: DeviceFact) -> str:
+def _device_line(view: View, backend: Qube, fact: DeviceFact, shown: Callable[[Qube], bool]) -> str:
     frontend = view.by_uuid(fact.attached_to) if fact.attached_to else None
+    if frontend is not None and not shown(frontend):
+        frontend = None
     text = format_device(
         fact.devclass,
         DeviceName(backend.name, fact.port, fact.device_id),
@@ -84,10 +86,23 @@ def _sorted_lines(lines: Iterable[str]) -> str:
     return "".join(sorted(lines, key=lambda line: line.split(" ", 1)[0]))
 
 
-def available(view: View, backend: Qube, devclass: str, port: str) -> str:
-    """Lines of the devices that a backend offers now; port "" = all of them."""
+def _anyone(_frontend: Qube) -> bool:
+    return True
+
+
+def available(
+    view: View,
+    backend: Qube,
+    devclass: str,
+    port: str,
+    shown: Callable[[Qube], bool] = _anyone,
+) -> str:
+    """Lines of the devices that a backend offers now; port "" = all of them.
+
+    shown: whether to say that a device is attached to that qube.
+    """
     return _sorted_lines(
-        _device_line(view, backend, fact)
+        _device_line(view, backend, fact, shown)
         for fact in view.devices_of(backend.uuid)
         if fact.devclass == devclass and port in ("", fact.port)
     )

@@ -7,19 +7,21 @@ order of the registry's sequence, and is never told of what policy hides from it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from bulkhead.model.records import ADMINVM_NAME, WireEvent
+from bulkhead.model.records import ADMINVM_NAME, Qube, WireEvent
 from bulkhead.model.view import View
 from services.adminapi.core.exceptions import WireRefusal
 from services.adminapi.core.frame import CONNECTION_ESTABLISHED, format_event
 from services.adminapi.core.permission import Policy, may_see_event
+from services.adminapi.core.policy_filter import confined_event
 
 STREAM_LIMIT = 512
 # Comes after the qube is gone from every list: only a stream of that one qube gets it.
 _SINGLE_ONLY = frozenset({"domain-remove-from-disk"})
+_NOBODY: Mapping[str, Qube] = {}
 
 
 class Sink(Protocol):
@@ -34,12 +36,16 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """An open stream. qube_uuid "" = everything; source = name of the subscriber."""
+    """An open stream. qube_uuid "" = everything; source = name of the subscriber.
+
+    confined: the subscriber came through a socket of its own.
+    """
 
     number: int
     source: str
     qube_uuid: str
     sink: Sink
+    confined: bool = False
 
 
 class Streams:
@@ -52,13 +58,13 @@ class Streams:
     def __len__(self) -> int:
         return len(self._streams)
 
-    def open(self, source: str, qube_uuid: str, sink: Sink) -> Stream:
+    def open(self, source: str, qube_uuid: str, sink: Sink, *, confined: bool = False) -> Stream:
         """A new stream, begun with connection-established. WireRefusal TOO_MANY_STREAMS."""
         if len(self._streams) >= STREAM_LIMIT:
             raise WireRefusal(
                 "TOO_MANY_STREAMS", f"{STREAM_LIMIT} event streams are open already; close some"
             )
-        stream = Stream(self._next, source, qube_uuid, sink)
+        stream = Stream(self._next, source, qube_uuid, sink, confined)
         self._next += 1
         self._streams[stream.number] = stream
         sink.push(CONNECTION_ESTABLISHED)
@@ -68,8 +74,17 @@ class Streams:
         """The reader is gone."""
         self._streams.pop(number, None)
 
-    def publish(self, policy: Policy, view: View, events: Sequence[WireEvent]) -> None:
-        """Write the events of one entry to every stream that they concern."""
+    def publish(
+        self,
+        policy: Policy,
+        view: View,
+        events: Sequence[WireEvent],
+        gone: Mapping[str, Qube] = _NOBODY,
+    ) -> None:
+        """Write the events of one entry to every stream that they concern.
+
+        gone: the last records of qubes that were removed lately.
+        """
         if not self._streams or not events:
             return
         encoded = [(e, format_event(e.subject, e.name, e.pairs)) for e in events]
@@ -77,6 +92,13 @@ class Streams:
         for stream in list(self._streams.values()):
             if stream.source == ADMINVM_NAME and not stream.qube_uuid:
                 data = whole
+            elif stream.confined:
+                seen = (
+                    confined_event(policy, view, stream.source, event, gone)
+                    for event in events
+                    if _concerns(view, stream, event)
+                )
+                data = b"".join(format_event(e.subject, e.name, e.pairs) for e in seen if e)
             else:
                 data = b"".join(
                     data

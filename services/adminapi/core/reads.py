@@ -33,6 +33,7 @@ from services.adminapi.core.calls import DEVICE_CLASSES, QUBE_CLASSES
 from services.adminapi.core.checks import Checked
 from services.adminapi.core.exceptions import WireRefusal
 from services.adminapi.core.permission import Policy, may_list
+from services.adminapi.core.policy_filter import shown_operation
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,6 +331,7 @@ def pool_volume_list(context: ReadContext, request: Checked) -> str:
         volume.vid
         for qube in view.pool_users(pool.name)
         if not qube.hidden
+        and (not request.confined or may_list(context.policy, request.source, qube))
         for volume in qube.volumes
         if volume.pool == pool.name and volume.vid
     }
@@ -342,7 +344,11 @@ def pool_volume_list(context: ReadContext, request: Checked) -> str:
 @_read("device_available")
 def device_available(context: ReadContext, request: Checked) -> str:
     """What the destination offers now."""
-    return devices.available(context.view, request.dest, request.call.param, request.arg)
+
+    def shown(frontend: Qube) -> bool:
+        return not request.confined or may_list(context.policy, request.source, frontend)
+
+    return devices.available(context.view, request.dest, request.call.param, request.arg, shown)
 
 
 @_read("device_assigned")
@@ -480,7 +486,12 @@ def op_list(context: ReadContext, request: Checked) -> str:
     """One JSON object per operation and line, oldest first."""
     operations = [o for o in context.view.operations.values() if may_see_operation(request, o)]
     operations.sort(key=lambda o: (o.created, o.id))
-    return "".join(json.dumps(operation_record(context.view, o)) + "\n" for o in operations)
+    return "".join(json.dumps(_operation(context, request, o)) + "\n" for o in operations)
+
+
+def _operation(context: ReadContext, request: Checked, operation: Operation) -> dict[str, object]:
+    record = operation_record(context.view, operation)
+    return shown_operation(context.view, context.policy, request, operation, record)
 
 
 def find_operation(view: View, request: Checked) -> Operation:
@@ -494,7 +505,7 @@ def find_operation(view: View, request: Checked) -> Operation:
 @_read("op_get")
 def op_get(context: ReadContext, request: Checked) -> str:
     """One operation as a JSON object."""
-    return json.dumps(operation_record(context.view, find_operation(context.view, request)))
+    return json.dumps(_operation(context, request, find_operation(context.view, request)))
 
 
 # ---- backup: profiles are the business of a service that is not there yet, and a
