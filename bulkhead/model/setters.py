@@ -488,9 +488,10 @@ def _guard_template_for_dispvms(view: View, qube: Qube, text: str) -> None:
         if view.properties.get(name) == qube.name:
             user = f"system property {name}"
     for name in ("template", "default_dispvm", "management_dispvm"):
-        other = next(view.referrers(name, qube.name), None)
-        if other is not None and not user:
-            user = f"{name} of '{other.name}'"
+        for other in view.referrers(name, qube.name):
+            # Preloaded disposables go with the permission to make them.
+            if not user and other.uuid != qube.uuid and not _preloaded_from(view, other, qube):
+                user = f"{name} of '{other.name}'"
     if user:
         raise Refusal(
             "QUBE_IN_USE",
@@ -499,6 +500,10 @@ def _guard_template_for_dispvms(view: View, qube: Qube, text: str) -> None:
             user=user,
             property="template_for_dispvms",
         )
+
+
+def _preloaded_from(view: View, other: Qube, template: Qube) -> bool:
+    return other.properties.get("template") == template.name and is_preload(view, other)
 
 
 _Guard = Callable[[View, Qube, str], None]

@@ -6,41 +6,39 @@ does. Invariant: one request makes at most one disposable, however often it is r
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import uuid
 
-from bulkhead import codec
-from bulkhead.api import dispvm_pb2, lifecycle_pb2
+from bulkhead.api import dispvm_pb2
 from bulkhead.bus.client import CallContext
 from bulkhead.bus.errors import BusError
 from bulkhead.bus.events import Entry, ReplicaRunner
 from bulkhead.bus.server import Call
 from bulkhead.failpoints import hit
-from bulkhead.model.records import Operation, OperationPut, OperationState, Problem
+from bulkhead.model.records import Qube
 from bulkhead.model.specs import CreateSpec, RemoveSpec
-from clients.bus import LifecycleClient
 from services.dispvm import failpoint_table  # noqa: F401 - declares what hit() names
 from services.dispvm.adapters.boot_marker import BootMarker
+from services.dispvm.core import preload
 from services.dispvm.core.disposables import disposable_template, stale_after_boot
+from services.dispvm.operations import Operations
+from services.dispvm.pool import Pool
 
 log = logging.getLogger("bulkhead.dispvm")
-
-SUBMIT_TIMEOUT_S = 15.0
 
 
 class DispvmHandlers:
     """The methods of dispvm.proto."""
 
     def __init__(
-        self, lifecycle: LifecycleClient, replica: ReplicaRunner, marker: BootMarker
+        self, operations: Operations, pool: Pool, replica: ReplicaRunner, marker: BootMarker
     ) -> None:
-        self.lifecycle = lifecycle
+        self.operations = operations
+        self.pool = pool
         self.replica = replica
         self.marker = marker
         self.ready = False
         self.not_ready_reason = "the registry's state has not arrived yet"
-        self._waiters: dict[str, list[asyncio.Future[Operation]]] = {}
 
     @property
     def revision(self) -> int:
@@ -58,8 +56,12 @@ class DispvmHandlers:
         """Wait for the replica, then remove what a former boot of the host left."""
         await self.replica.ready()
         self.replica.subscribe(self._entry)
+        fresh = self.marker.fresh()
+        # At a boot of the host, preloading waits until it is asked for: qubes that start
+        # by themselves come first.
+        self.pool.start(refill=not fresh)
         self.ready, self.not_ready_reason = True, ""
-        if not self.marker.fresh():
+        if not fresh:
             return
         for qube in list(stale_after_boot(self.replica.view)):
             log.info("removing disposable %s of a former boot", qube.name)
@@ -70,35 +72,36 @@ class DispvmHandlers:
                 on_behalf_of="dom0",
             )
             try:
-                await self._finish(RemoveSpec(qube.name, auto_cleanup=True), context, 120.0)
+                spec = RemoveSpec(qube.name, auto_cleanup=True)
+                await self.operations.finish(spec, context, 120.0)
             except BusError as error:
                 log.warning("disposable %s stays: %s", qube.name, error.message)
         self.marker.done()
 
     def _entry(self, entry: Entry) -> None:
-        for change in entry.changes:
-            if isinstance(change, OperationPut):
-                self._changed(change.operation)
-        if entry.resync:
-            for operation in list(self.replica.view.operations.values()):
-                self._changed(operation)
-
-    def _changed(self, operation: Operation) -> None:
-        if operation.state.terminal:
-            for waiter in self._waiters.pop(operation.id, ()):
-                if not waiter.done():
-                    waiter.set_result(operation)
+        self.pool.follow(entry)
+        self.operations.follow(entry)
 
     async def create_disposable(
         self, request: dispvm_pb2.CreateDisposableRequest, call: Call
     ) -> dispvm_pb2.CreateDisposableReply:
-        """A new disposable of the template, not started."""
+        """A disposable of the template: a preloaded one that runs, or a new one, not started."""
         template = disposable_template(self.replica.view, request.template)
+        if not any(o.request_id == call.request_id for o in self.replica.view.operations.values()):
+            qube = await self._preloaded(template, call)
+            if qube is not None:
+                call.revision, call.seq = self.replica.revision, self.replica.seq
+                return dispvm_pb2.CreateDisposableReply(
+                    name=qube.name,
+                    uuid=qube.uuid,
+                    from_preload=True,
+                    revision=self.replica.revision,
+                )
         spec = CreateSpec(
             klass="DispVM", template=template.name, template_given=True, disposable=True
         )
         hit("dispvm.create.before")
-        ended = await self._finish(
+        ended = await self.operations.finish(
             spec,
             CallContext(
                 request_id=call.request_id, on_behalf_of=call.source, trace_id=call.trace_id
@@ -114,46 +117,27 @@ class DispvmHandlers:
             revision=self.replica.revision,
         )
 
+    async def _preloaded(self, template: Qube, call: Call) -> Qube | None:
+        """A preloaded one for this request, the same for each repetition of it."""
+        key = uuid.uuid5(uuid.NAMESPACE_OID, f"{call.source}/{call.request_id.hex()}").hex
+        qube = preload.handed_out(self.replica.view, template, key)
+        while qube is None:
+            item = self.pool.take(template, key)
+            if item is None:
+                return None
+            if await self.pool.deliver(item, call.source or "dom0", call.deadline.remaining()):
+                qube = self.replica.view.by_uuid(item.uuid)
+                if qube is None:
+                    return None
+            call.deadline.check()
+        return qube
+
     async def request_preload(
         self,
         request: dispvm_pb2.RequestPreloadRequest,
-        call: Call,
+        call: Call,  # noqa: ARG002
     ) -> dispvm_pb2.RequestPreloadReply:
-        """Fill the template's preload queue up to its maximum."""
-        disposable_template(self.replica.view, request.template)
+        """Fill the template's list up to its maximum; answers when that is done."""
+        template = disposable_template(self.replica.view, request.template)
+        await self.pool.request(template, request.reason or "it was requested")
         return dispvm_pb2.RequestPreloadReply()
-
-    async def _finish(
-        self, spec: CreateSpec | RemoveSpec, context: CallContext, timeout: float
-    ) -> Operation:
-        """Submit and wait for the end. BusError with the operation's own error."""
-        reply = await self.lifecycle.submit(
-            lifecycle_pb2.SubmitRequest(spec=codec.spec_to_proto(spec)),
-            timeout=min(SUBMIT_TIMEOUT_S, timeout),
-            context=context,
-        )
-        operation = codec.operation_from_proto(reply.operation)
-        known = self.replica.view.operations.get(operation.id)
-        if known is not None and known.state.terminal:
-            operation = known
-        if not operation.state.terminal:
-            waiter: asyncio.Future[Operation] = asyncio.get_running_loop().create_future()
-            self._waiters.setdefault(operation.id, []).append(waiter)
-            try:
-                operation = await asyncio.wait_for(waiter, timeout)
-            except TimeoutError as late:
-                raise BusError(
-                    "DEADLINE_EXCEEDED",
-                    "QUBE_BUSY",
-                    f"operation {operation.id} is still under way; look at it with "
-                    "bulkhead.op.List",
-                    operation=operation.id,
-                ) from late
-        if operation.state is not OperationState.SUCCEEDED:
-            problem = operation.error or Problem(
-                "INTERNAL", "QUBE_ERROR", f"operation {operation.id} failed"
-            )
-            error = BusError(problem.code, problem.reason, problem.message)
-            error.metadata.update(problem.metadata)
-            raise error
-        return operation

@@ -15,7 +15,12 @@ from bulkhead.model.defaults import class_volumes
 from bulkhead.model.evaluate import evaluate, is_preload, template_for_dispvms
 from bulkhead.model.grammar import check_label_name, check_qube_name, shown
 from bulkhead.model.plan.base import Draft, need_qube
-from bulkhead.model.plan.features import PRELOAD_LIST, preload_maximum
+from bulkhead.model.plan.features import (
+    DISP_CREATED_BY,
+    PRELOAD_LIST,
+    leave_list,
+    preload_maximum,
+)
 from bulkhead.model.plan.marks import add_tag, owner_tag, set_feature
 from bulkhead.model.plan.properties import DEFERRED_NETVM, tagged_properties
 from bulkhead.model.plan.tags import CREATED_BY, add_created_by
@@ -50,7 +55,6 @@ from bulkhead.model.view import REFERENCE_PROPERTIES, View
 _QID_LIMIT = 10000  # first number that no new qube gets
 DISPID_LIMIT = 10000
 _DISPID_TRIES = 100
-DISP_CREATED_BY = "disp-created-by"
 # Copied neither to a clone nor to a disposable: it would make the copy irremovable.
 _NEVER_COPIED = frozenset({"installed_by_rpm"})
 _PRELOAD = "preload-dispvm"
@@ -461,6 +465,8 @@ def begin_remove(draft: Draft, operation: Operation, spec: RemoveSpec, fresh: Fr
     check_removable(view, qube)
     draft.emit(about(events.domain_pre_delete(qube), qube))
     check_unused(view, qube)
+    if qube.klass == DISP:
+        leave_list(draft, qube)
     draft.put(replace(qube, state=RecordState.DELETING))
     draft.emit(about(events.domain_delete(qube), qube))
     return replace(operation, data={**operation.data, "name": qube.name, "uuid": qube.uuid})

@@ -20,8 +20,10 @@ from bulkhead.model.grammar import (
 )
 from bulkhead.model.plan.base import Draft, need_qube
 from bulkhead.model.plan.marks import (
+    add_tag,
     announce_feature,
     delete_feature,
+    owner_tag,
     set_feature,
     store_feature,
 )
@@ -31,6 +33,7 @@ from bulkhead.model.plan.properties import (
     clear_property,
     store_property,
 )
+from bulkhead.model.plan.tags import CREATED_BY, add_created_by
 from bulkhead.model.properties import DISP, find_row, has_property
 from bulkhead.model.records import Qube
 from bulkhead.model.refusal import Refusal
@@ -39,6 +42,8 @@ from bulkhead.model.view import View
 
 MEMINFO_WRITER = "service.meminfo-writer"
 PRELOAD_LIST = "preload-dispvm"
+PRELOAD_PROGRESS = "preload-dispvm-in-progress"
+DISP_CREATED_BY = "disp-created-by"
 # What dispvm may mark: nothing that anybody else relies on to be his.
 PRELOAD_MARKS = PROTECTED | {"internal"}
 
@@ -109,7 +114,11 @@ def _boot_mode(draft: Draft, qube: Qube, name: str) -> None:
 
 
 def mark_preload(draft: Draft, marks: PreloadMarks) -> None:
-    """Set and remove the marks of preloading on a disposable or its template."""
+    """Set and remove the marks of preloading on a disposable or its template.
+
+    On a disposable, removing the list takes it off its template's list in the same
+    transaction, and removing in-progress gives it to the source, who becomes its creator.
+    """
     view = draft.view
     qube = need_qube(view, marks.qube)
     for name in (*(name for name, _ in marks.features), *marks.features_removed):
@@ -127,6 +136,9 @@ def mark_preload(draft: Draft, marks: PreloadMarks) -> None:
     for name in marks.features_removed:
         if name == DEFERRED_NETVM:
             apply_deferred_netvm(draft, qube)
+            continue
+        if name == PRELOAD_LIST and qube.klass == DISP:
+            leave_list(draft, qube)
         current = draft.qube(qube.uuid)
         if name not in current.features:
             continue
@@ -135,6 +147,29 @@ def mark_preload(draft: Draft, marks: PreloadMarks) -> None:
             delete_feature(draft, current, name, partial(_list_changed, draft, before, ()))
         else:
             delete_feature(draft, current, name)
+            if name == PRELOAD_PROGRESS and qube.klass == DISP:
+                _handed_out(draft, current)
+
+
+def leave_list(draft: Draft, disposable: Qube) -> None:
+    """Take the disposable off its template's list of preloaded ones, if it is on it."""
+    template = draft.view.qube(disposable.properties.get("template", ""))
+    if template is None:
+        return
+    template = draft.qube(template.uuid)
+    before = _names(template.features.get(PRELOAD_LIST, ""))
+    if disposable.name in before:
+        after = tuple(name for name in before if name != disposable.name)
+        changed = partial(_list_changed, draft, before, after)
+        set_feature(draft, template, PRELOAD_LIST, " ".join(after), changed)
+
+
+def _handed_out(draft: Draft, disposable: Qube) -> None:
+    """Who asked for it has made it, as far as tags say so."""
+    creator = draft.view.qube(draft.source)
+    if creator is not None and owner_tag(CREATED_BY, creator.name):
+        add_created_by(draft, disposable, creator)
+        add_tag(draft, disposable, owner_tag(DISP_CREATED_BY, creator.name))
 
 
 def _names(value: str) -> tuple[str, ...]:
