@@ -66,10 +66,13 @@ class AsyncAdminClient:
         )
 
     async def events(
-        self, dest: str = "dom0", method: str = "admin.Events"
+        self, dest: str = "dom0", method: str = "admin.Events", *, resume: str | None = None
     ) -> AsyncIterator[wire.Event]:
-        """Events as they come, connection-established first; ends when the stream does."""
-        name, _, arg = method.partition("+")
+        """Events as they come, connection-established first; ends when the stream does.
+
+        resume: as of AdminClient.events.
+        """
+        name, arg = wire.events_call(method, resume)
         parser = wire.EventParser()
         if self.path is None:
             process = await self._qrexec(name, dest, arg, stdin=asyncio.subprocess.DEVNULL)

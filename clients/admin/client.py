@@ -70,12 +70,19 @@ class AdminClient:
             self.call(question.method, question.dest, question.arg, question.payload)
         )
 
-    def events(self, dest: str = "dom0", method: str = "admin.Events") -> Iterator[wire.Event]:
+    def events(
+        self, dest: str = "dom0", method: str = "admin.Events", *, resume: str | None = None
+    ) -> Iterator[wire.Event]:
         """Events as they come, connection-established first; ends when the stream does.
+
+        resume: None = plain admin.Events. A position, or "" for now, asks for
+        bulkhead.Events: every event has its position in values["position"]; giving back
+        the last one goes on behind it, or says events-lost, after which everything has to
+        be read anew.
 
         Also bulkhead.op.Watch and admin.vm.Stats. method may carry "+ARG".
         """
-        name, _, arg = method.partition("+")
+        name, arg = wire.events_call(method, resume)
         if self.path is None:
             yield from self._events_through_qrexec(name, dest, arg)
             return

@@ -72,6 +72,14 @@ def request(
     return frame
 
 
+def events_call(method: str, resume: str | None) -> tuple[str, str]:
+    """Name and argument of a call that opens a stream; method may carry "+ARG"."""
+    if resume is not None:
+        return "bulkhead.Events", resume
+    name, _, arg = method.partition("+")
+    return name, arg
+
+
 def parse_reply(data: bytes) -> bytes:
     """The content of an OK reply; raises what an exception reply stands for.
 

@@ -36,7 +36,7 @@ from services.adminapi.callers import PREFIX, Callers
 from services.adminapi.core import audit, stats
 from services.adminapi.core.answer import begin, begin_confined, refuse
 from services.adminapi.core.checks import Checked
-from services.adminapi.core.events import Streams, operation_events
+from services.adminapi.core.events import Stream, Streams, operation_events
 from services.adminapi.core.exceptions import WireRefusal
 from services.adminapi.core.frame import (
     CONNECTION_ESTABLISHED,
@@ -304,14 +304,14 @@ class AdminApi:
         """One entry that the view holds now: events first, then who waits for operations."""
         view = self._backend.view
         if entry.resync:
-            before = entry.previous
-            if before is not None and len(before) and self._streams:
-                self._streams.end_all(
-                    refuse("STREAM_LOST", "events may have been missed; subscribe anew")
-                )
-        elif entry.events:
+            self._streams.restart(
+                self._backend.replica.registry_boot,
+                entry.seq,
+                refuse("STREAM_LOST", "events may have been missed; subscribe anew"),
+            )
+        else:
             try:
-                self._streams.publish(self._policy, view, entry.events, self._gone)
+                self._streams.publish(self._policy, view, entry.events, self._gone, entry.seq)
             except Exception:
                 log.exception("events of entry %d could not be written", entry.seq)
         if self._watches:
@@ -325,6 +325,8 @@ class AdminApi:
             match request.call.handler:
                 case "events":
                     self._open_events(request, peer)
+                case "events_resumable":
+                    self._open_resumable(request, peer)
                 case "stats":
                     self._open_stats(request, peer)
                 case _:
@@ -342,6 +344,15 @@ class AdminApi:
     def _open_events(self, request: Checked, peer: Peer) -> None:
         uuid = "" if request.dest.name == ADMINVM_NAME else request.dest.uuid
         stream = self._streams.open(request.source.name, uuid, peer, confined=request.confined)
+        peer.on_gone = lambda: self._streams.close(stream.number)
+        peer.begin_stream()
+
+    def _open_resumable(self, request: Checked, peer: Peer) -> None:
+        uuid = "" if request.dest.name == ADMINVM_NAME else request.dest.uuid
+        wanted = Stream(0, request.source.name, uuid, peer, request.confined)
+        stream = self._streams.resume(
+            self._policy, self._backend.view, wanted, request.arg, self._gone
+        )
         peer.on_gone = lambda: self._streams.close(stream.number)
         peer.begin_stream()
 

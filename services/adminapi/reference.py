@@ -18,6 +18,7 @@ from services.adminapi.core.writes import WRITES
 
 _STREAMS = {
     "events": "Every event that concerns the destination, connection-established first.",
+    "events_resumable": "As admin.Events, with the position behind each event; from a position on.",
     "stats": "A vm-stats event per running qube and stats_interval.",
     "op_watch": "bulkhead-operation at each move of an operation; with its id, up to its end.",
 }

@@ -40,7 +40,7 @@ class Call:
     @property
     def stream(self) -> bool:
         """The reply is a stream of events instead of one message."""
-        return self.handler in ("events", "stats", "op_watch")
+        return self.handler in ("events", "events_resumable", "stats", "op_watch")
 
 
 # name  socket  dest  arg  payload  effect  scope  handler; {class} and {device} are written out
@@ -160,6 +160,7 @@ qubes.NotifyTools                        misc 0 - - rwx - notify_tools
 qubes.NotifyUpdates                      misc 0 - ! rwx - notify_updates
 
 bulkhead.vm.Clone                        admin V - ! rwx global clone
+bulkhead.Events                          admin * ? - ro  global events_resumable
 bulkhead.op.List                         admin * - - ro  global op_list
 bulkhead.op.Get                          admin 0 ! - ro  global op_get
 bulkhead.op.Cancel                       admin 0 ! - rwx global op_cancel
