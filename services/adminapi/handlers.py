@@ -190,6 +190,8 @@ class AdminApi:
         except Drop as drop:
             self.counters["drops"] += 1
             log.debug("dropped: %s", drop)
+            if socket_name.startswith(PREFIX):
+                self._note_frame(socket_name, untrusted_frame, f"2\0Refused\0\0{drop}\0".encode())
             peer.drop()
             return
         except Exception:
@@ -273,8 +275,14 @@ class AdminApi:
         if self._audit is None:
             return
         result = b": ".join(answer.split(b"\0")[1:4:2]).decode("utf-8", "replace")
+        caller = None
+        if socket_name.startswith(PREFIX):
+            caller = self._callers.qube(socket_name) if self._callers is not None else None
+            socket_name = "admin"
         record = audit.of_frame(socket_name, untrusted_frame, result)
         if record is not None:
+            if caller is not None:
+                record["source"] = caller.name  # what the frame states does not count
             self._audit.note(record)
 
     async def _run(self, request: Checked) -> str:

@@ -57,7 +57,7 @@ def gate(view: View, judge: Judge, caller: Qube, request: Request) -> Checked:
     The source that the frame states is ignored. Raises Drop for whatever policy does not
     allow to go to dom0 with a qube as its requested target; after that Refusal or
     WireRefusal as check() does, and QUBE_NOT_FOUND where argument or payload name a qube
-    that the caller may not list.
+    that the caller may not list and no rule names.
     """
     try:
         method = request.untrusted_method.decode("ascii")
@@ -78,7 +78,9 @@ def gate(view: View, judge: Judge, caller: Qube, request: Request) -> Checked:
         untrusted_dest=decision.requested.encode(),
     )
     checked = replace(check(view, "admin", stated), confined=True)
-    for name in references(checked):
+    # A rule for this very argument is a grant of what the argument names.
+    named = decision.rule is not None and decision.rule.argument != "*"
+    for name in references(checked, argument=not named):
         if not _visible(view, judge, caller, name):
             raise Refusal("QUBE_NOT_FOUND", f"{caller.name} may not list such a qube")
     return checked
@@ -89,13 +91,15 @@ def _visible(view: View, policy: Policy, caller: Qube, name: str) -> bool:
     return qube is not None and may_list(policy, caller, qube)
 
 
-def references(request: Checked) -> tuple[str, ...]:
-    """Names of other qubes that argument and payload refer to; "" and malformed ones not."""
+def references(request: Checked, *, argument: bool = True) -> tuple[str, ...]:
+    """Names of other qubes that the payload and, if asked for, the argument refer to."""
     handler = request.call.handler
     text = request.untrusted_payload.decode("ascii", "replace")
     if handler in ("property_set", "system_property_set"):
         klass = request.dest.klass if handler == "property_set" else None
         return (text,) if text and find_row(klass, request.arg).wire_type == "vm" else ()
+    if not argument:
+        return ()
     if handler in ("create", "create_in_pool"):
         return (request.arg,) if request.arg else ()
     if handler in _DEVICE_CALLS:
