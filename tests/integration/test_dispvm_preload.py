@@ -188,12 +188,12 @@ def test_global_maximum_rules_the_default(instance: Instance) -> None:
 def test_changed_property_replaces_what_waits(instance: Instance) -> None:
     set_maximum(instance, "dvm", 1)
     (old,) = settled(instance, "dvm", 1)
-    instance.ok("admin.vm.property.Set", "dvm", "default_user", b"other")
+    instance.ok("admin.vm.property.Set", "dvm", "debug", b"True")
     instance.until(lambda: old not in disposables(instance), PATIENCE_S, "the old one is gone")
     instance.ok("admin.vm.CreateDisposable", "dvm", "preload")
     (new,) = settled(instance, "dvm", 1)
-    assert instance.ok("admin.vm.property.Get", new, "default_user").endswith(" other")
-    instance.ok("admin.vm.property.Reset", "dvm", "default_user")
+    assert instance.ok("admin.vm.property.Get", new, "debug").endswith(" True")
+    instance.ok("admin.vm.property.Reset", "dvm", "debug")
 
 
 def test_shutdown_of_the_template_replaces_what_waits(instance: Instance) -> None:
