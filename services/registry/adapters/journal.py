@@ -591,6 +591,9 @@ def _connect(path: Path) -> sqlite3.Connection:
     try:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
+        # The registry may write only its own directory: a sort that spills into a temporary
+        # file elsewhere would fail, and a full reply table would keep it from starting.
+        db.execute("PRAGMA temp_store = MEMORY")
         db.execute(f"PRAGMA wal_autocheckpoint = {_AUTOCHECKPOINT_PAGES}")
         db.execute("PRAGMA journal_size_limit = 67108864")
     except BaseException:
