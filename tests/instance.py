@@ -7,6 +7,7 @@ limited to 107 bytes). Invariant: close() leaves no process and no directory beh
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -20,13 +21,19 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from bulkhead.api import firewall_pb2
+from bulkhead.bus.client import operator_call
 from bulkhead.bus.errors import BusError
 from bulkhead.config import Settings
+from bulkhead.model import xmlstore
 from clients.cli.instance import operator
 from services.domains.simhv.client import SimControl
+from services.registry.core import canonical
 
 PYTHON = sys.executable
 START_TIMEOUT_S = 60.0
+# What the records hold beside qubes.xml: the phase, and what files of their own hold.
+NOT_IN_XML = frozenset({"run", "state", "notes", "rules_digest", "raw", "revision"})
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,25 @@ def parse(raw: bytes) -> Reply:
         name, _, message = raw[2:].split(b"\0")[:3]
         return Reply("exc", b"", name.decode(), message.decode("utf-8", "replace"))
     return Reply("events", raw)
+
+
+def digest(path: Path) -> str:
+    """Size and hash of a file's data; holes are not read: images are sparse and large."""
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        at = 0
+        while at < size:
+            try:
+                begin = os.lseek(file.fileno(), at, os.SEEK_DATA)
+            except OSError:  # nothing but a hole up to the end
+                break
+            at = os.lseek(file.fileno(), begin, os.SEEK_HOLE)
+            file.seek(begin)
+            data = file.read(at - begin)
+            if data.strip(b"\0"):
+                total.update(b"%d:" % begin + data)
+    return f"{size} {total.hexdigest()}"
 
 
 class Instance:
@@ -231,12 +257,70 @@ class Instance:
         with SimControl.of(self.root) as control:
             return {str(d["uuid"]): str(d["boot_id"]) for d in control.domains()}
 
+    @property
+    def settings(self) -> Settings:
+        """The instance's settings as they are on disk now."""
+        return Settings.load(self.root)
+
     def dump(self) -> str:
         """Canonical dump of the state."""
         try:
-            return operator.dump(Settings.load(self.root))
+            return operator.dump(self.settings)
         except BusError as error:
             raise AssertionError(f"no dump: {error.message}") from error
+
+    def unstored(self) -> list[str]:
+        """Sentences about records of qubes.xml, read back, that differ from the dump's;
+        empty once the newest checkpoint is written."""
+        view = xmlstore.parse(self.settings.store_file.read_bytes()).view()
+        stored, live = (
+            {
+                (row["kind"], row["key"]): {
+                    key: value for key, value in row["value"].items() if key not in NOT_IN_XML
+                }
+                for row in map(json.loads, lines)
+                if row["kind"] != "operation"
+            }
+            for lines in (canonical.lines(view), self.dump().splitlines())
+        )
+        return [
+            f"{key[0]} {key[1]} is {stored.get(key)} in qubes.xml, {live.get(key)} in the registry"
+            for key in sorted(stored.keys() | live.keys())
+            if stored.get(key) != live.get(key)
+        ]
+
+    def firewall(self) -> list[firewall_pb2.FirewallInventoryItem]:
+        """What firewall holds: a row for each qube with a rules file or rules in force."""
+        try:
+            reply = operator_call(
+                self.settings,
+                "firewall",
+                "bulkhead.api.Firewall.Inventory",
+                firewall_pb2.FirewallInventoryRequest(),
+                firewall_pb2.FirewallInventoryReply,
+                5.0,
+            )
+        except BusError as error:
+            raise AssertionError(f"no inventory of firewall: {error.message}") from error
+        return list(reply.items)
+
+    def still(self, pool: Path) -> dict[str, object]:
+        """Everything that "nothing changed" compares, once the checkpoint is written:
+        the bytes of qubes.xml, the dump, files and hashes of the pool, rules files, notes,
+        the firewall's inventory and the domains."""
+        self.until(lambda: not self.unstored(), 20.0, "the checkpoint is written")
+        settings = self.settings
+        found: dict[str, object] = {
+            "qubes.xml": settings.store_file.read_bytes(),
+            "dump": self.dump(),
+            "firewall": sorted(item.SerializeToString() for item in self.firewall()),
+            "domains": self.domains(),
+        }
+        for root in (pool, settings.rules_dir, settings.state_dir / "notes"):
+            for path in sorted(root.rglob("*")):
+                if path.is_file():
+                    found[str(path)] = digest(path)
+        return found
 
 
 @contextlib.contextmanager

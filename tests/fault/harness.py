@@ -17,6 +17,8 @@ from tests.instance import Instance, Reply
 
 QUIET_TIMEOUT_S = 10.0
 TRACE = "trace"
+# A network qube that runs all the time: no recovery may end its boot.
+NETVM = "net"
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,14 @@ def _made(instance: Instance, qube: str) -> None:
         assert reply.kind == "ok", reply.message
 
 
-def _started(instance: Instance, qube: str) -> None:
+def _networked(instance: Instance, qube: str) -> None:
+    """A qube behind the network qube, so that its start plans rules."""
     _made(instance, qube)
+    instance.ok("admin.vm.property.Set", qube, "netvm", NETVM.encode())
+
+
+def _started(instance: Instance, qube: str) -> None:
+    _networked(instance, qube)
     reply = instance.call("admin.vm.Start", qube)
     assert reply.kind == "ok", reply.message
 
@@ -121,7 +129,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     ),
     Scenario(
         "start",
-        prepare=lambda i: _made(i, "worker"),
+        prepare=lambda i: _networked(i, "worker"),
         act=lambda i: i.call("admin.vm.Start", "worker"),
         done=lambda i: running(i, "worker"),
         clean=lambda i: _remove(i, "worker"),
@@ -155,12 +163,15 @@ SCENARIOS: tuple[Scenario, ...] = (
 
 @dataclass(frozen=True)
 class State:
-    """What is there, from outside: records, files, domains."""
+    """What is there, from outside: records, files, domains, rules in force (uuid -> boot)
+    and rules files."""
 
     records: dict[str, dict[str, object]]
     operations: list[str]
     files: frozenset[str]
     domains: dict[str, str]
+    chains: dict[str, str]
+    rules_files: frozenset[str]
 
 
 def observe(instance: Instance, pool: Path) -> State:
@@ -179,7 +190,15 @@ def observe(instance: Instance, pool: Path) -> State:
         for path in (pool / folder).rglob("*")
         if path.is_file()
     )
-    return State(records, operations, files, instance.domains())
+    rules = instance.firewall()
+    return State(
+        records,
+        operations,
+        files,
+        instance.domains(),
+        {item.uuid: item.boot_id for item in rules if item.chain},
+        frozenset(item.uuid for item in rules if item.rules_file),
+    )
 
 
 def violations(instance: Instance, pool: Path) -> list[str]:
@@ -217,7 +236,31 @@ def violations(instance: Instance, pool: Path) -> list[str]:
     found.extend(
         f"domain {uuid} belongs to no record" for uuid in state.domains if uuid not in uuids
     )
+    for name, record in state.records.items():
+        uuid, run = str(record["uuid"]), record["run"]
+        assert isinstance(run, dict)
+        properties = record["properties"]
+        assert isinstance(properties, dict)
+        chain = state.chains.get(uuid)
+        if run["phase"] == "up" and properties.get("netvm") and chain != run["boot_id"]:
+            found.append(f"{name} is up with a netvm, and its rules are of boot {chain}")
+        if run["phase"] == "halted" and chain is not None:
+            found.append(f"{name} is halted, and rules of boot {chain} are in force")
+    found.extend(
+        f"rules of {uuid} belong to no record"
+        for uuid in state.rules_files | state.chains.keys()
+        if uuid not in uuids
+    )
     return found
+
+
+def boot_of(instance: Instance, qube: str) -> str:
+    """Boot id of a qube's domain; empty when it has none."""
+    for line in instance.dump().splitlines():
+        row = json.loads(line)
+        if row["kind"] == "qube" and row["value"]["name"] == qube:
+            return instance.domains().get(row["value"]["uuid"], "")
+    return ""
 
 
 def wait_quiet(instance: Instance, pool: Path, timeout: float = QUIET_TIMEOUT_S) -> list[str]:
@@ -233,12 +276,21 @@ def wait_quiet(instance: Instance, pool: Path, timeout: float = QUIET_TIMEOUT_S)
         time.sleep(0.1)
 
 
+def wait_stored(instance: Instance, timeout: float = QUIET_TIMEOUT_S) -> list[str]:
+    """Differences of qubes.xml, read back, from the records, after a checkpoint's time."""
+    deadline = time.monotonic() + timeout
+    while (found := instance.unstored()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
 def run_case(instance: Instance, pool: Path, scenario: Scenario, *stages: str) -> list[str]:
     """One case; sentences about what does not hold, empty when all is well."""
     scenario.prepare(instance)
     problems = [f"before: {p}" for p in wait_quiet(instance, pool)]
     if problems:
         return problems
+    network_boot = boot_of(instance, NETVM)
     instance.arm(*stages)
     try:
         reply = scenario.act(instance)
@@ -253,6 +305,10 @@ def run_case(instance: Instance, pool: Path, scenario: Scenario, *stages: str) -
     problems = wait_quiet(instance, pool)
     if not fired:
         problems.append(f"{stages[0]} did not fire")
+    if boot_of(instance, NETVM) != network_boot:
+        problems.append(f"recovery ended the boot of {NETVM}")
+    if stages[0].startswith("registry."):
+        problems.extend(wait_stored(instance))
     done = scenario.done(instance)
     if reply.kind == "ok" and not done:
         problems.append("the client was told ok, and the effect is not there")

@@ -8,6 +8,7 @@ step during recovery; BULKHEAD_FAULT_ALL_HITS=1 kills at every pass, not at one 
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.loopfs import mounted
-from tests.fault.harness import SCENARIOS, TRACE, Scenario, run_case, wait_quiet
+from tests.fault.harness import NETVM, SCENARIOS, TRACE, Scenario, run_case, wait_quiet, wait_stored
 from tests.instance import Instance
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(3600)]
@@ -65,6 +66,10 @@ def prepare(instance: Instance, pool: Path) -> None:
     )
     instance.ok("admin.vm.Create.TemplateVM", payload=b"name=tmpl label=black")
     instance.ok("admin.property.Set", arg="default_template", payload=b"tmpl")
+    instance.ok("admin.vm.Create.AppVM", arg="tmpl", payload=f"name={NETVM} label=red".encode())
+    instance.ok("admin.vm.property.Set", NETVM, "provides_network", b"True")
+    instance.ok("admin.vm.property.Set", NETVM, "netvm", b"")
+    instance.ok("admin.vm.Start", NETVM)
 
 
 def passes(ground: Ground, scenario: Scenario) -> Counter[str]:
@@ -94,11 +99,16 @@ def test_a_kill_at_every_failpoint(ground: Ground, scenario: Scenario) -> None:
     assert seen, f"{scenario.name} passes no failpoint"
     failures: list[str] = []
     cases = 0
+    began = time.monotonic()
     for name, hits in sorted(seen.items()):
         for kills in stages(name, hits):
             cases += 1
             found = run_case(ground.instance, ground.pool, scenario, *kills)
             failures.extend(f"{' then '.join(kills)}: {problem}" for problem in found)
             assert len(failures) < 20, "\n".join(failures)
-    print(f"{scenario.name}: {cases} kills at {len(seen)} failpoints, {len(failures)} violations")
+    failures.extend(wait_stored(ground.instance))
+    print(
+        f"{scenario.name}: {cases} kills at {len(seen)} failpoints, {len(failures)} violations, "
+        f"{time.monotonic() - began:.0f} s"
+    )
     assert not failures, "\n".join(failures)
