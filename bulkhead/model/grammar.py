@@ -442,8 +442,8 @@ def parse_assignment(
 ) -> AssignmentText:
     """The payload of Assign or Attach; missing fields come from the argument.
 
-    Refusal INVALID_DEVICE on unknown keys and fields that contradict the argument,
-    INVALID_ASSIGNMENT_MODE on a bad mode.
+    Refusal INVALID_DEVICE on unknown keys, fields that contradict the argument and on a
+    bad mode.
     """
     pairs = parse_pairs(untrusted_payload)
     options: dict[str, str] = {}
@@ -474,7 +474,7 @@ def parse_assignment(
     mode = pairs.get("mode", "manual")
     if mode not in MODES:
         raise Refusal(
-            "INVALID_ASSIGNMENT_MODE",
+            "INVALID_DEVICE",
             f"Invalid assignment mode '{_shown(mode)}': use {', '.join(MODES)}",
             mode=_shown(mode),
         )

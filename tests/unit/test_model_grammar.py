@@ -195,7 +195,7 @@ def test_assignments() -> None:
     for bad in ("port_id='3'", "devclass='pci'", "backend_domain='dom0'", "other='1'"):
         refused("INVALID_DEVICE", grammar.parse_assignment, bad, "usb", name, "work")
     refused("INVALID_DEVICE", grammar.parse_assignment, "frontend_domain='x'", "usb", name, "work")
-    refused("INVALID_ASSIGNMENT_MODE", grammar.parse_assignment, "mode='now'", "usb", name)
+    refused("INVALID_DEVICE", grammar.parse_assignment, "mode='now'", "usb", name)
 
 
 @pytest.mark.parametrize(

@@ -476,12 +476,12 @@ def check_removable(view: View, qube: Qube) -> None:
     """Refusals QUBE_IN_USE and QUBE_NOT_HALTED of the qube itself."""
     if qube.name == ADMINVM_NAME:
         raise Refusal("QUBE_IN_USE", "'dom0' cannot be removed", qube=qube.name)
-    if qube.klass in QUBES_VM:
-        need_halted(view, qube, "remove it")
     if qube.properties.get("installed_by_rpm") == "True":
         raise Refusal(
             "QUBE_IN_USE", f"VM installed by package manager: {qube.name}", qube=qube.name
         )
+    if qube.klass in QUBES_VM:
+        need_halted(view, qube, "remove it")
 
 
 def check_unused(view: View, qube: Qube) -> None:

@@ -138,8 +138,8 @@ _ROWS: tuple[OperationRow, ...] = (
         "START",
         locks="the qube",
         steps=(
-            StepRow("verify", events=_verify_files),
             StepRow("devices"),
+            StepRow("verify", events=_verify_files),
             StepRow("netvm"),
             StepRow("memory", undo=True),
             StepRow("storage", undo=True),
@@ -217,7 +217,7 @@ _ROWS: tuple[OperationRow, ...] = (
         end="suspended: domain-resumed | paused: domain-unpaused",
     ),
     OperationRow("REVERT", locks="the qube", steps=(StepRow("revert"),)),
-    OperationRow("RESIZE", locks="the qube", steps=(StepRow("resize"),)),
+    OperationRow("RESIZE", locks="the qube", steps=(StepRow("resize"), StepRow("tell_guest"))),
     OperationRow(
         "CLEAR",
         locks="the qube",

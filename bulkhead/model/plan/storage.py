@@ -92,7 +92,7 @@ def begin_resize(draft: Draft, operation: Operation, spec: ResizeSpec, fresh: Fr
     del fresh
     qube = draft.qube(operation.subjects[0])
     volume = need_volume(qube, spec.volume)
-    if not 0 < spec.size <= SIZE_LIMIT:
+    if not 0 <= spec.size <= SIZE_LIMIT:
         raise Refusal(
             "INVALID_VALUE",
             f"A volume cannot have {spec.size} bytes",
@@ -119,7 +119,7 @@ def end_resize(
 def _declare_size(draft: Draft, operation: Operation, name: str, size: str | None) -> None:
     qube = draft.find(operation.subjects[0])
     volume = qube.volume(name) if qube is not None else None
-    if qube is not None and volume is not None and size and size.isdigit() and int(size):
+    if qube is not None and volume is not None and size and size.isdigit():
         draft.put(qube.with_volume(replace(volume, size=int(size))))
 
 
@@ -241,11 +241,11 @@ def end_pool_add(
 def begin_pool_remove(
     draft: Draft, operation: Operation, spec: PoolRemoveSpec, fresh: Fresh
 ) -> Operation:
-    """Announced before it is known to be unused, as any pre-event."""
+    """Announced once it is known to be unused: nothing later can veto it."""
     del fresh
     pool = need_pool(draft.view, spec.pool)
-    draft.emit(events.pool_pre_delete(pool.name))
     check_pool_unused(draft.view, pool.name)
+    draft.emit(events.pool_pre_delete(pool.name))
     kept = {"name": pool.name, "driver": pool.driver, "options": dict(pool.options)}
     return replace(operation, data={**operation.data, "pool": json.dumps(kept, sort_keys=True)})
 

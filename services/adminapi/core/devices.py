@@ -41,7 +41,7 @@ def parse_assignment(identity: Assignment, frontend: Qube, untrusted_payload: by
     """An assignment from a payload; what the payload leaves out comes from `identity`.
 
     Refusal PROTOCOL or INVALID_DEVICE for a malformed payload or one that contradicts the
-    argument, INVALID_ASSIGNMENT_MODE for an unknown mode.
+    argument, or for an unknown mode.
     """
     try:
         untrusted_text = untrusted_payload.decode("ascii")

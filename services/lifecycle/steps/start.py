@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from bulkhead.api import domains_pb2, firewall_pb2, hostd_pb2, storage_pb2
@@ -122,7 +122,11 @@ class Netvm:
                 raise StepFailed(_netvm_problem(qube, backend, "it takes too long")) from error
             if ended.state is not OperationState.SUCCEEDED:
                 why = ended.error.message if ended.error is not None else ended.state.value
-                raise StepFailed(_netvm_problem(qube, backend, why))
+                problem = _netvm_problem(qube, backend, why)
+                if ended.error is not None:
+                    # The same kind of refusal as the netvm's own start gives.
+                    problem = replace(problem, code=ended.error.code, reason=ended.error.reason)
+                raise StepFailed(problem)
             if not is_running(context.view, context.view.by_uuid_any(backend.uuid) or backend):
                 await context.executor.changed(1.0)
                 context.attempt += 1

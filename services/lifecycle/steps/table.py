@@ -33,6 +33,7 @@ STEPS: Mapping[tuple[str, str], Step] = {
     ("RESUME", "wake"): power.Wake(),
     ("REVERT", "revert"): volumes.Revert(),
     ("RESIZE", "resize"): volumes.Resize(),
+    ("RESIZE", "tell_guest"): volumes.TellGuest(),
     ("CLEAR", "clear"): volumes.Clear(),
     ("CLONE_VOLUME", "clone_volume"): volumes.CloneVolume(),
     ("IMPORT", "import_begin"): volumes.ImportBegin(),

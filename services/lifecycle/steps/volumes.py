@@ -11,6 +11,7 @@ import json
 
 from bulkhead import codec
 from bulkhead.api import domains_pb2, storage_pb2
+from bulkhead.bus.errors import BusError
 from bulkhead.model.evaluate import is_running
 from bulkhead.model.records import Problem, Qube
 from bulkhead.model.specs import (
@@ -30,6 +31,7 @@ from services.lifecycle.participants import volume_message
 from services.lifecycle.steps.start import CALL_TIMEOUT_S, STORAGE_TIMEOUT_S
 
 CLONE_TIMEOUT_S = 3600.0
+RESIZE_SERVICE_TIMEOUT_S = 60
 
 
 class _Once:
@@ -97,6 +99,46 @@ class Resize(_Once):
                 context=context.call("disk"),
             )
         return Outcome(data={"size": str(reply.size)})
+
+
+class TellGuest(_Once):
+    """The file system in a running guest follows its disk; the disk has its new size
+    whether or not the guest does."""
+
+    async def forward(self, context: StepContext) -> Outcome:
+        spec = context.operation.spec
+        assert isinstance(spec, ResizeSpec)
+        qube, _ = _volume(context, spec.qube, spec.volume)
+        if not is_running(context.view, qube):
+            return Outcome()
+        try:
+            reply = await context.participants.domains.run_service(
+                domains_pb2.RunServiceRequest(
+                    boot=domains_pb2.BootRef(uuid=qube.uuid, boot_id=qube.run.boot_id),
+                    service="qubes.ResizeDisk",
+                    user="root",
+                    timeout_s=RESIZE_SERVICE_TIMEOUT_S,
+                    input=spec.volume.encode(),
+                ),
+                timeout=RESIZE_SERVICE_TIMEOUT_S + 5.0,
+                context=context.call("guest"),
+            )
+        except BusError as error:
+            raise StepFailed(_not_followed(qube, spec.volume, error.message)) from error
+        if reply.exit_code:
+            why = f"qubes.ResizeDisk ended with {reply.exit_code}"
+            raise StepFailed(_not_followed(qube, spec.volume, why))
+        return Outcome()
+
+
+def _not_followed(qube: Qube, volume: str, why: str) -> Problem:
+    return Problem(
+        "FAILED_PRECONDITION",
+        "VOLUME_REFUSED",
+        f"volume {volume} of {qube.name} has its new size, but the file system in the guest "
+        f"was not resized: {why}; resize it there, or restart the qube",
+        {"qube": qube.name, "volume": volume},
+    )
 
 
 class Clear(_Once):
