@@ -6,6 +6,7 @@ does. Invariant: one request makes at most one disposable, however often it is r
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import uuid
 
@@ -26,6 +27,8 @@ from services.dispvm.pool import Pool
 
 log = logging.getLogger("bulkhead.dispvm")
 
+START_PATIENCE_S = 10.0
+
 
 class DispvmHandlers:
     """The methods of dispvm.proto."""
@@ -39,6 +42,7 @@ class DispvmHandlers:
         self.marker = marker
         self.ready = False
         self.not_ready_reason = "the registry's state has not arrived yet"
+        self._started = asyncio.Event()
 
     @property
     def revision(self) -> int:
@@ -61,6 +65,7 @@ class DispvmHandlers:
         # by themselves come first.
         self.pool.start(refill=not fresh)
         self.ready, self.not_ready_reason = True, ""
+        self._started.set()
         if not fresh:
             return
         for qube in list(stale_after_boot(self.replica.view)):
@@ -82,10 +87,20 @@ class DispvmHandlers:
         self.pool.follow(entry)
         self.operations.follow(entry)
 
+    async def _begun(self, call: Call) -> None:
+        """The registry's state is here; who asks while it is not would be told of no qube."""
+        try:
+            await asyncio.wait_for(
+                self._started.wait(), min(START_PATIENCE_S, call.deadline.remaining())
+            )
+        except TimeoutError:
+            raise BusError("UNAVAILABLE", "STARTING", self.not_ready_reason) from None
+
     async def create_disposable(
         self, request: dispvm_pb2.CreateDisposableRequest, call: Call
     ) -> dispvm_pb2.CreateDisposableReply:
         """A disposable of the template: a preloaded one that runs, or a new one, not started."""
+        await self._begun(call)
         template = disposable_template(self.replica.view, request.template)
         if not any(o.request_id == call.request_id for o in self.replica.view.operations.values()):
             qube = await self._preloaded(template, call)
@@ -135,9 +150,10 @@ class DispvmHandlers:
     async def request_preload(
         self,
         request: dispvm_pb2.RequestPreloadRequest,
-        call: Call,  # noqa: ARG002
+        call: Call,
     ) -> dispvm_pb2.RequestPreloadReply:
         """Fill the template's list up to its maximum; answers when that is done."""
+        await self._begun(call)
         template = disposable_template(self.replica.view, request.template)
         await self.pool.request(template, request.reason or "it was requested")
         return dispvm_pb2.RequestPreloadReply()

@@ -154,6 +154,9 @@ class Pool:
                     self._follow_create(operation)
                 case QubePut(qube) if qube.klass == "DispVM":
                     touched[qube.uuid] = None
+                case QubePut(qube) if preload.LIST in qube.features:
+                    # One that was begun may come on the list after the maximum has changed.
+                    self._trim(qube.uuid)
                 case FactPut(PowerFact() as fact):
                     touched[fact.uuid] = None
                 case QubeRemoved(gone):
@@ -246,11 +249,7 @@ class Pool:
 
         What is too many goes at once, whatever a fill under way is waiting for.
         """
-        template = self._view.by_uuid(identity)
-        for qube in preload.excess(self._view, template) if template is not None else ():
-            if not self._claimed(qube):
-                log.info("removing preloaded disposable %s: more than are wanted", qube.name)
-                self._discard(qube.uuid)
+        self._trim(identity)
         queued = self._queued.get(identity)
         if queued is None:
             running = self._fills.get(identity)
@@ -259,6 +258,13 @@ class Pool:
             )
             self._queued[identity] = queued
         await asyncio.shield(queued)
+
+    def _trim(self, identity: str) -> None:
+        template = self._view.by_uuid(identity)
+        for qube in preload.excess(self._view, template) if template is not None else ():
+            if not self._claimed(qube) and qube.uuid not in self._discards:
+                log.info("removing preloaded disposable %s: more than are wanted", qube.name)
+                self._discard(qube.uuid)
 
     async def _fill_after(
         self, identity: str, running: asyncio.Task[None] | None, reason: str
@@ -325,11 +331,17 @@ class Pool:
         self._items[item.uuid] = item
         try:
             hit("dispvm.make.after_create")
+            if item.uuid in self._discards:
+                item.dead = True
+                raise _gone(item)
             await self._operations.finish(StartSpec(item.name), _own(), OPERATION_TIMEOUT_S)
             hit("dispvm.make.after_start")
             await self._settle(item)
             hit("dispvm.make.after_complete")
         except BaseException as error:
+            if item.dead and isinstance(error, BusError):
+                await asyncio.wait([self._discard(item.uuid)])
+                return
             if not isinstance(error, asyncio.CancelledError):
                 log.warning("preloaded disposable %s failed: %s", item.name, error)
                 await asyncio.wait([self._discard(item.uuid)])

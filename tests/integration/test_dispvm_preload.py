@@ -14,7 +14,7 @@ from tests.integration.adminapi_world import started
 pytestmark = pytest.mark.integration
 
 RUNNING = "qubes.WaitForRunningSystem"
-PATIENCE_S = 40.0
+PATIENCE_S = 20.0
 
 
 @pytest.fixture(scope="module")
