@@ -20,6 +20,7 @@ from bulkhead.api import (
     control_pb2,
     dispvm_pb2,
     domains_pb2,
+    extension_pb2,
     firewall_pb2,
     hostd_pb2,
     lifecycle_pb2,
@@ -37,6 +38,7 @@ _FILES: tuple[FileDescriptor, ...] = (
     firewall_pb2.DESCRIPTOR,
     dispvm_pb2.DESCRIPTOR,
     hostd_pb2.DESCRIPTOR,
+    extension_pb2.DESCRIPTOR,
 )
 OPERATOR = "operator"
 CONTROL_SERVICE = "bulkhead.api.Control"

@@ -20,6 +20,7 @@ import urllib.parse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from bulkhead import extensions
 from bulkhead.config import Settings, SettingsError
 from bulkhead.reflink import can_share_blocks
 from clients.cli.instance import accounts as account_table
@@ -255,7 +256,8 @@ def cmd_run(args: argparse.Namespace) -> int:
     choice = choose(args.hypervisor, uid=os.getuid())
     print(f"hypervisor {choice.uri}: {choice.why}", flush=True)
     isolated = os.getuid() == 0
-    accounts = account_table.ensure_accounts() if isolated else {}
+    declared = [extension.service for extension in extensions.load(root)]
+    accounts = account_table.ensure_accounts(declared) if isolated else {}
     uri = choice.uri
     if choice.own_libvirtd:
         # Its socket is below the root: libvirt's own default is the machine's libvirtd.

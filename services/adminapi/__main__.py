@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from bulkhead import extensions
 from bulkhead.bus.confine import Confinement
 from bulkhead.bus.runtime import ServiceContext, serve
 from bulkhead.config import Settings
@@ -24,11 +25,14 @@ from services.adminapi.backend import Backend
 from services.adminapi.callers import Callers
 from services.adminapi.handlers import AdminApi, RecentlyGone
 from services.adminapi.policy_keeper import PolicyKeeper
+from services.adminapi.vetoes import Vetoes
 
 
 async def build(context: ServiceContext) -> AdminApi:
     """Follow the registry, then take connections."""
     backend = Backend(context)
+    declared = extensions.load(context.settings.root)
+    backend.vetoes = Vetoes(declared, context.channel)
     paused = PausedList(context.settings.service_dir("adminapi") / "previously-paused.list")
     gone = RecentlyGone(backend.replica)
     policy = PolicyKeeper(
@@ -46,6 +50,7 @@ async def build(context: ServiceContext) -> AdminApi:
     context.spawn(exporter.run(), "audit")
     actions = Actions(backend, policy, paused)
     api = AdminApi(backend, actions, policy, exporter)
+    api.extensions = {extension.service: extension for extension in declared}
     callers = Callers(CallerSockets(context.settings.callers_dir), backend.replica)
     actions.callers = callers
     api.confine(callers, policy, gone)
@@ -81,8 +86,9 @@ def confinement(settings: Settings) -> Confinement:
     audit = _audit_directory(settings)
     policy = (settings.etc_dir, settings.etc_dir.parent / "qubes-rpc", settings.run_dir / "qubes")
     written = (audit, settings.callers_dir)
+    read = (*policy, settings.root / "etc/bulkhead")
     return Confinement(
-        read=tuple(d for d in policy if d.exists()),
+        read=tuple(d for d in read if d.exists()),
         write=((settings.run_dir,) if own else ()) + tuple(d for d in written if d.exists()),
     )
 

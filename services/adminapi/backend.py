@@ -32,6 +32,7 @@ from bulkhead.model.records import (
 from bulkhead.model.view import View
 from services.adminapi.audit_exporter import note_done
 from services.adminapi.core.exceptions import WireRefusal
+from services.adminapi.vetoes import Vetoes
 
 R = TypeVar("R", bound=Message)
 
@@ -39,6 +40,8 @@ R = TypeVar("R", bound=Message)
 HOLD_S = 10.0
 # How long our own replica may take to follow.
 FOLLOW_S = 10.0
+# Times that a change is planned and asked about again because something came between.
+REPLANS = 3
 # The largest live reads may take; beyond it what is declared is shown.
 LIVE_S = 5.0
 
@@ -130,6 +133,7 @@ class Backend:
         self.replica = context.replica(with_hidden=False)
         self.operations = OperationWaits(self.replica)
         self._context = context
+        self.vetoes = Vetoes((), context.channel)
 
     @property
     def view(self) -> View:
@@ -147,6 +151,7 @@ class Backend:
         source: str = "",
         timeout: float = HOLD_S,
         request_id: bytes = b"",
+        etag: int = 0,
     ) -> R:
         """One bus call, method as "Service.Method"; waits for the change to show here.
 
@@ -161,7 +166,7 @@ class Backend:
                 request,
                 reply_type,
                 timeout=timeout,
-                context=CallContext(request_id=request_id, on_behalf_of=source),
+                context=CallContext(request_id=request_id, on_behalf_of=source, etag=etag),
             )
         except BusError as error:
             raise unavailable(error, request_id) from error
@@ -200,12 +205,21 @@ class Backend:
         Raises BusError, WireRefusal or, for the part that reaches the qube,
         OperationFailed; the value stays changed then.
         """
-        reply = await self.call(
-            "Registry.Mutate",
-            codec.command_to_proto(command),
-            registry_pb2.MutateReply,
-            source=source,
-        )
+        for attempt in range(1 + REPLANS):
+            planned_at = self.replica.revision
+            asked = await self.vetoes.ask(self.view, command, source)
+            try:
+                reply = await self.call(
+                    "Registry.Mutate",
+                    codec.command_to_proto(command),
+                    registry_pb2.MutateReply,
+                    source=source,
+                    etag=planned_at if asked else 0,
+                )
+                break
+            except BusError as error:
+                if error.reason != "CHANGED_MEANWHILE" or attempt == REPLANS:
+                    raise
         if reply.apply_operation:
             await self._succeeded(reply.apply_operation)
         return dict(reply.result)
@@ -217,6 +231,7 @@ class Backend:
         done: Callable[[Operation], bool] = _terminal,
     ) -> Operation:
         """Submit an operation and wait until it is done; OperationFailed without success."""
+        await self.vetoes.ask(self.view, spec, source)
         request_id = secrets.token_bytes(16)
         urgent = isinstance(spec, specs.KillSpec)
         try:

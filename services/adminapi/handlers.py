@@ -16,6 +16,7 @@ from typing import Any
 from bulkhead.api import domains_pb2
 from bulkhead.bus.errors import BusError
 from bulkhead.bus.events import Entry, ReplicaRunner
+from bulkhead.extensions import Extension
 from bulkhead.model import specs
 from bulkhead.model.evaluate import evaluate
 from bulkhead.model.records import (
@@ -44,6 +45,7 @@ from services.adminapi.core.frame import (
     format_event,
     format_exception,
     format_ok,
+    parse_request,
 )
 from services.adminapi.core.permission import Policy
 from services.adminapi.core.policy_filter import (
@@ -128,6 +130,8 @@ class AdminApi:
         self._tasks: set[asyncio.Task[None]] = set()
         self._context: ReadContext | None = None
         self.counters: dict[str, int] = {"calls": 0, "drops": 0, "refused": 0, "errors": 0}
+        # Those that have a socket of their own, by its name.
+        self.extensions: Mapping[str, Extension] = {}
         backend.replica.subscribe(self._entry)
 
     def confine(self, callers: Callers, judge: Judge, gone: RecentlyGone) -> None:
@@ -185,6 +189,8 @@ class AdminApi:
         try:
             if socket_name.startswith(PREFIX):
                 answer = self._begin_confined(socket_name, untrusted_frame)
+            elif socket_name in self.extensions:
+                answer = self._begin_granted(socket_name, untrusted_frame)
             else:
                 answer = begin(self._read_context(), socket_name, untrusted_frame)
         except Drop as drop:
@@ -214,6 +220,23 @@ class AdminApi:
         if caller is None:
             raise Drop("the caller is gone")
         return begin_confined(self._read_context(), self._judge, caller, untrusted_frame)
+
+    def _begin_granted(self, socket_name: str, untrusted_frame: bytes) -> bytes | Checked:
+        """The call of an extension: what it was granted, in the name of dom0; Drop else."""
+        extension = self.extensions[socket_name]
+        untrusted = parse_request(untrusted_frame)
+        words = (untrusted.untrusted_method, untrusted.untrusted_arg, untrusted.untrusted_dest)
+        method, arg, dest = (word.decode("ascii", "backslashreplace") for word in words)
+        if not extension.may_call(method, arg, dest):
+            raise Drop(f"extension {extension.name} was not granted {method}")
+        head, nul, payload = untrusted_frame.partition(b"\0")
+        call, _, destination = head.split(b" ", 2)
+        stated = b" ".join((call, ADMINVM_NAME.encode(), destination)) + nul + payload
+        answer = begin(self._read_context(), "admin", stated)
+        if not isinstance(answer, bytes) and answer.call.effect != "ro" and self._audit is not None:
+            record = audit.of_call(answer, "call", "granted to an extension")
+            self._audit.note({**record, "source": socket_name})
+        return answer
 
     def too_many(self) -> bytes:
         """For a connection above the limit."""

@@ -11,7 +11,8 @@ import grp
 import pwd
 import shutil
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 from bulkhead.bus.methods import METHODS
@@ -53,8 +54,12 @@ def callees() -> dict[str, frozenset[str]]:
     return {caller: frozenset(callees) for caller, callees in found.items()}
 
 
-def ensure_accounts() -> dict[str, Account]:
-    """Make missing users and groups; returns every service's account. Needs root."""
+def ensure_accounts(extensions: Sequence[str] = ()) -> dict[str, Account]:
+    """Make missing users and groups; returns every service's account. Needs root.
+
+    extensions: their names on the bus. Each has a user without any other group; adminapi
+    alone is in its group.
+    """
     gids = {service: _ensure_group(PREFIX + service) for service in SERVICES}
     disk = _ensure_group(DISK_GROUP)
     accounts: dict[str, Account] = {}
@@ -67,6 +72,11 @@ def ensure_accounts() -> dict[str, Account]:
             continue
         uid = _ensure_user(PREFIX + service, gids[service])
         accounts[service] = Account(service, uid, gids[service], tuple(groups))
+    for name in extensions:
+        gid = _ensure_group(PREFIX + name)
+        accounts[name] = Account(name, _ensure_user(PREFIX + name, gid), gid, ())
+        asker = accounts["adminapi"]
+        accounts["adminapi"] = replace(asker, groups=(*asker.groups, gid))
     return accounts
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from bulkhead import extensions
 from bulkhead.config import SERVICES, Settings
 from clients.cli.instance.accounts import Account, client_gid, disk_gid
 
@@ -50,6 +51,15 @@ def ensure(settings: Settings, accounts: Mapping[str, Account], pool_dir: Path |
         # Quarantine and new prefixes are made by storage itself.
         _own(pool, 0o711, accounts.get("storage"))
     _directory(settings.rules_dir, 0o700, accounts.get("firewall"))
+    etc = settings.root / "etc/bulkhead"
+    _directory(etc, 0o755)
+    _directory(etc / "extensions", 0o755)
+    for extension in extensions.load(settings.root):
+        _directory(
+            settings.service_dir(extension.service),
+            0o2710 if accounts else 0o700,
+            accounts.get(extension.service),
+        )
     for service in (*SERVICES, "simhv", "libvirt"):
         owner = accounts.get("domains" if service in ("simhv", "libvirt") else service)
         _directory(settings.service_dir(service), 0o2710 if accounts else 0o700, owner)

@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bulkhead import extensions
 from bulkhead.config import SERVICES, Settings
 from bulkhead.durable import write_file
 from clients.cli.instance import operator
@@ -84,6 +85,26 @@ class Supervisor:
 
     # ---- sockets and secret
 
+    def bind_extension_sockets(self) -> None:
+        """run/bulkhead/ext-NAME/admin.sock, where the extension finds the calls it was granted."""
+        for extension in extensions.load(self.settings.root):
+            if not extension.grants:
+                continue
+            path = self.settings.service_dir(extension.service) / "admin.sock"
+            path.unlink(missing_ok=True)
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            old = os.umask(0o177)
+            try:
+                listener.bind(str(path))
+            finally:
+                os.umask(old)
+            account = self.accounts.get(extension.service)
+            if account is not None:
+                os.chown(path, account.uid, account.gid)
+            listener.listen(64)
+            listener.set_inheritable(True)
+            self._sockets[extension.service] = listener
+
     def bind_admin_sockets(self) -> None:
         """Bind qubesd.sock and its siblings, mode 0770, group qubes where it exists.
 
@@ -136,12 +157,17 @@ class Supervisor:
             if service == "hostd" and os.getuid() != 0:
                 continue  # without root there is nothing that it could do
             plan.append(self._child(service, f"services.{service}", service))
+        for extension in extensions.load(self.settings.root):
+            argv = [*extension.command, "--root", root]
+            plan.append(self._child(extension.service, "", extension.service, argv))
         return plan
 
-    def _child(self, name: str, module: str, account: str) -> Child:
+    def _child(
+        self, name: str, module: str, account: str, argv: Sequence[str] | None = None
+    ) -> Child:
         child = Child(
             name,
-            [sys.executable, "-m", module, "--root", str(self.settings.root)],
+            argv or [sys.executable, "-m", module, "--root", str(self.settings.root)],
             self.accounts.get(account),
         )
         environment: dict[str, str] = {}
@@ -208,6 +234,7 @@ class Supervisor:
         if not self.settings.isolated:
             self._make_secret()
         self.bind_admin_sockets()
+        self.bind_extension_sockets()
         self.settings.save()
         plan = self._plan()
         # Reads need these two alone: they get the processors to themselves for a moment.
@@ -304,7 +331,10 @@ class Supervisor:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for name, listener in self._sockets.items():
             listener.close()
-            self.settings.admin_sockets()[name].unlink(missing_ok=True)
+            path = self.settings.admin_sockets().get(
+                name, self.settings.service_dir(name) / "admin.sock"
+            )
+            path.unlink(missing_ok=True)
         if self._secret_fd is not None:
             os.close(self._secret_fd)
             (self.settings.bus_dir / "secret").unlink(missing_ok=True)

@@ -29,6 +29,7 @@ _ROWS = (
     Reason("TOO_MANY_CONNECTIONS", "RESOURCE_EXHAUSTED", "no further connection can be served"),
     Reason("NOT_READY", "UNAVAILABLE", "the records are still being loaded"),
     Reason("STREAM_LOST", "UNAVAILABLE", "events were lost; read everything anew"),
+    Reason("VETOED", "FAILED_PRECONDITION", "an extension refuses the call or is silent"),
     Reason("UNEXPECTED", "INTERNAL", "an error of this system's own; the log says more"),
 )
 

@@ -1,0 +1,116 @@
+"""The example extension in a running instance: it refuses, and silence refuses too."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.instance import PYTHON, Instance, exchange, parse
+
+EXAMPLE = Path(__file__).parents[2] / "docs/extensions/deny_netvm/deny_netvm.py"
+SERVICE = "ext-deny_netvm"
+
+
+@pytest.fixture(scope="module")
+def instance() -> Iterator[Instance]:
+    made = Instance()
+    try:
+        directory = made.root / "etc/bulkhead/extensions"
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "deny_netvm.toml").write_text(
+            f'command = ["{PYTHON}", "{EXAMPLE}"]\n'
+            'vetoes = ["property-pre-set:netvm"]\n'
+            'grants = ["admin.vm.tag.List *", "admin.vm.tag.Set+seen *"]\n'
+        )
+        made.start()
+        made.ok("admin.vm.Create.TemplateVM", "dom0", "", b"name=tmpl label=black")
+        for name in ("net", "work", "free"):
+            made.ok("admin.vm.Create.AppVM", "dom0", "tmpl", f"name={name} label=red".encode())
+        made.ok("admin.vm.property.Set", "net", "provides_network", b"True")
+        made.ok("admin.vm.tag.Set", "work", "offline")
+        yield made
+    finally:
+        made.close()
+
+
+def _netvm(instance: Instance, qube: str, value: bytes = b"net") -> str:
+    reply = instance.call("admin.vm.property.Set", qube, "netvm", value)
+    return "" if reply.kind == "ok" else reply.message
+
+
+def _now(instance: Instance, qube: str) -> str:
+    return instance.ok("admin.vm.property.Get", qube, "netvm").rpartition(" ")[2]
+
+
+def test_it_runs_as_a_user_of_its_own(instance: Instance) -> None:
+    status = Path(f"/proc/{instance.pid(SERVICE)}/status").read_text()
+    uid = int(status.split("Uid:")[1].split()[0])
+    if os.getuid() == 0:
+        assert uid not in (0, Path(f"/proc/{instance.pid('adminapi')}").stat().st_uid)
+        directory = (instance.root / "run/bulkhead" / SERVICE).stat()
+        assert (directory.st_uid, directory.st_mode & 0o7777) == (uid, 0o2710)
+    else:
+        assert uid == os.getuid()
+
+
+def test_it_refuses_what_it_is_declared_for(instance: Instance) -> None:
+    before = instance.dump()
+    said = _netvm(instance, "work")
+    assert "extension deny_netvm refuses: the qube has the tag offline" in said
+    assert instance.dump() == before
+    assert _netvm(instance, "free") == ""
+    assert _now(instance, "free") == "net"
+    assert _netvm(instance, "work", b"") == ""
+
+
+def test_silence_refuses_in_two_seconds_and_nothing_else_waits(instance: Instance) -> None:
+    pid = instance.pid(SERVICE)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        said = _netvm(instance, "free", b"")
+        took = time.monotonic() - began
+        assert "did not answer" in said
+        assert 1.5 < took < 4.0
+        began = time.monotonic()
+        instance.ok("admin.vm.property.Set", "free", "label", b"blue")
+        instance.ok("admin.vm.tag.Set", "free", "unrelated")
+        assert time.monotonic() - began < 1.5
+        assert _now(instance, "free") == "net"
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    instance.until(lambda: _netvm(instance, "free", b"") == "", 15, "it answers again")
+
+
+def test_a_dead_one_refuses_until_it_runs_again(instance: Instance) -> None:
+    old = instance.kill(SERVICE)
+    instance.wait_restarted(SERVICE, old)
+    instance.until(lambda: _netvm(instance, "free") == "", 15, "it answers again")
+    assert "refuses" in _netvm(instance, "work")
+
+
+def test_it_may_make_the_calls_that_it_was_granted_and_no_other(instance: Instance) -> None:
+    path = instance.root / "run/bulkhead" / SERVICE / "admin.sock"
+
+    def call(text: bytes) -> str:
+        return parse(exchange(path, text + b"\0")).kind
+
+    assert call(b"admin.vm.tag.List+ dom0 name work") == "ok"
+    assert call(b"admin.vm.tag.Set+seen whoever name work") == "ok"
+    assert call(b"admin.vm.tag.Set+other dom0 name work") == "none"
+    assert call(b"admin.vm.List+ dom0 name dom0") == "none"
+    assert "seen" in instance.ok("admin.vm.tag.List", "work").split()
+    directory = instance.root / "var/log/qubes/audit"
+
+    def audited() -> bool:
+        lines = [line for p in directory.iterdir() for line in p.read_text().splitlines()]
+        records = [json.loads(line) for line in lines]
+        return any(r["source"] == SERVICE and r.get("argument") == "seen" for r in records)
+
+    instance.until(audited, 15, "the extension's call is in the audit log")
