@@ -18,14 +18,16 @@ APT_ALL := $(APT_RUN) $(APT_TEST)
 DNF_ALL := python3 python3-pip python3-libvirt python3-nftables iproute e2fsprogs xfsprogs btrfs-progs qemu-img \
   libvirt-daemon libvirt-daemon-driver-qemu libvirt-client qemu-system-x86-core nftables procps-ng busybox strace util-linux cpio
 
-.PHONY: help setup packages venv kernel check test unit contract integration fault bench demo clean
+.PHONY: help setup packages venv kernel check test unit contract integration fault fuzz bench demo install clean
 
 help:
 	@echo "make demo    set everything up and run the main job, with timings"
 	@echo "make test    lint, types, import rules, unit, contract, integration, fault sample"
 	@echo "make check   lint, types and import rules only"
 	@echo "make fault   every failpoint with a second kill during recovery"
+	@echo "make fuzz    a million odd frames over the admin sockets (FUZZ=--frames N --seconds S)"
 	@echo "make bench   every figure as a ratio to its floor"
+	@echo "make install put it below DESTDIR=, its own files below PREFIX=/opt/bulkhead"
 	@echo "make clean   remove the private environment and caches"
 
 packages:
@@ -97,6 +99,10 @@ fault: setup
 test: check kernel
 	@$(BIN)/pytest tests
 
+# Odd and hostile frames against a running instance; FUZZ="--frames N --seconds S --seed N".
+fuzz: setup
+	@$(BIN)/python -m tests.system.fuzz_admin $(FUZZ)
+
 bench: setup kernel
 	@for script in bench/*.py; do
 	  case "$$script" in bench/__init__.py|bench/_*) continue;; esac
@@ -106,6 +112,11 @@ bench: setup kernel
 
 demo: setup kernel
 	@$(BIN)/python -m clients.cli.demo
+
+DESTDIR ?= /
+PREFIX ?= /opt/bulkhead
+install: setup
+	@$(BIN)/python -m deploy.install --destdir "$(DESTDIR)" --prefix "$(PREFIX)"
 
 clean:
 	rm -rf $(VENV) $(CACHE) build dist .mypy_cache .ruff_cache .hypothesis
