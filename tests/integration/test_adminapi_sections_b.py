@@ -367,6 +367,21 @@ def volumes(r: Script) -> None:
         "vol2:domain-import-volume name=private source=vm-templates/tmpl/private",
         "big:domain-import-volume name=root source=vm-templates/tmpl/root",
     )
+    r.forget("vol2")
+    # What starts anew each time takes nothing, and says so like a copy
+    for volume, source in (("root", "root"), ("volatile", "private"), ("root", "private")):
+        r.c("vol.CloneFrom", "tmpl", source, want=token, save="t6")
+        r.c("vol.CloneTo", "vol2", volume, "{t6}")
+        copied = f"vol2:domain-import-volume name={volume} source=vm-templates/tmpl/{source}"
+        r.events("vol2", copied)
+    r.c("vol.CloneFrom", "tmpl", "kernel", want=token, save="t7")
+    r.c("vol.CloneTo", "vol2", "kernel", "{t7}")
+    r.c("vol.CloneFrom", "tmpl", "kernel", want=token, save="t8")
+    r.c("vol.CloneTo", "vol2", "private", "{t8}", want=REFUSED)
+    r.c("vol.CloneFrom", "vol2", "root", want=token, save="t9")
+    r.c("vol.CloneTo", "vol2", "private", "{t9}", want=REFUSED)
+    r.c("prop.Set", "vol2", "kernel", "")
+    r.c("vol.Info", "vol2", "kernel", want="~pool=linux-kernel\nvid=\nsize=0\n.*")
     # The internal pair
     begin, end = "internal.vm.volume.ImportBegin", "internal.vm.volume.ImportEnd"
     r.c(begin, "vol", "nosuch", want="ProtocolError", internal=True)
@@ -646,6 +661,7 @@ def power(r: Script) -> None:
         ("wait", False),
         ("force+wait", True),
         ("wait+force", True),
+        ("wait+wait", False),
     ):
         r.c("vm.Start", "app")
         r.forget("all")

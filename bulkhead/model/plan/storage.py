@@ -55,6 +55,8 @@ from bulkhead.model.specs import (
 from bulkhead.model.view import View
 
 SIZE_LIMIT = 2**63 - 1
+# In the data of a CLONE_VOLUME whose target keeps nothing: no step copies anything.
+NOTHING_COPIED = "nothing_copied"
 _UNKNOWN_DEVICE = "?******"
 
 
@@ -165,13 +167,22 @@ def end_import(draft: Draft, operation: Operation, outcome: OperationState) -> N
 def begin_clone_volume(
     draft: Draft, operation: Operation, spec: CloneVolumeSpec, fresh: Fresh
 ) -> Operation:
-    """A lasting volume of a halted qube becomes a copy of another one's last commit."""
+    """A lasting volume of a halted qube becomes a copy of another one's last commit.
+
+    A volume that starts anew each time takes nothing: clients clone every volume alike.
+    """
     del fresh
     view = draft.view
     qube = draft.qube(operation.subjects[0])
     volume = need_volume(qube, spec.volume)
     source = need_qube(view, spec.source_qube)
     original = need_volume(source, spec.source_volume)
+    kernel = is_kernel_volume(view, volume)
+    if kernel == is_kernel_volume(view, original) and (kernel or not volume.save_on_stop):
+        return replace(
+            operation,
+            data={**operation.data, "source_vid": original.vid, NOTHING_COPIED: "1"},
+        )
     _lasting(view, qube, volume, "replaced by a copy")
     need_halted(view, qube, f"replace volume {volume.name}")
     if is_kernel_volume(view, original) or not original.save_on_stop:
@@ -195,8 +206,9 @@ def end_clone_volume(
     qube = draft.find(operation.subjects[0])
     if qube is None or outcome is not OperationState.SUCCEEDED:
         return
-    size = result.get("size") or operation.data.get("source_size")
-    _declare_size(draft, operation, spec.volume, size)
+    if NOTHING_COPIED not in operation.data:
+        size = result.get("size") or operation.data.get("source_size")
+        _declare_size(draft, operation, spec.volume, size)
     qube = draft.qube(qube.uuid)
     if qube.klass == STANDALONE and spec.volume == "root":
         mode = qube.features.get("boot-mode.standalone-default")

@@ -98,8 +98,8 @@ def parse_shutdown(untrusted_arg: str) -> tuple[bool, bool]:
     """Words "force" and "wait" joined by "+", any order, as (force, wait); PROTOCOL."""
     words = untrusted_arg.split("+") if untrusted_arg else []
     unknown = [word for word in words if word not in _SHUTDOWN_WORDS]
-    if unknown or len(set(words)) != len(words):
-        raise Refusal("PROTOCOL", "Shutdown takes the words force and wait, each once")
+    if unknown:
+        raise Refusal("PROTOCOL", "Shutdown takes the words force and wait")
     return "force" in words, "wait" in words
 
 

@@ -34,7 +34,9 @@ class Live:
 
 def effective(view: View, qube: Qube, volume: Volume) -> Volume:
     """The declared volume with what follows from properties: a kernel volume's id."""
-    if volume.name == "kernel" and not volume.vid and has_property(qube.klass, "kernel"):
+    pool = view.pools.get(volume.pool)
+    kernels = not volume.vid or (pool is not None and pool.driver == "linux-kernel")
+    if volume.name == "kernel" and kernels and has_property(qube.klass, "kernel"):
         kernel = evaluate(view, qube, "kernel")
         return replace(volume, vid=str(kernel or ""))
     return volume

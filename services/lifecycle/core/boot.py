@@ -172,7 +172,8 @@ def volume_specs(view: View, qube: Qube) -> tuple[VolumeSpec, ...]:
 
 def live_volume(view: View, qube: Qube, volume: Volume) -> Volume:
     """The volume as storage shall see it now: a kernel volume's vid is the kernel's name."""
-    if volume.name != "kernel":
+    pool = view.pools.get(volume.pool)
+    if volume.name != "kernel" or (pool is not None and pool.driver != "linux-kernel"):
         return volume
     return replace(volume, vid=text(evaluate(view, qube, "kernel")))
 
