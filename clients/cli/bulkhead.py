@@ -84,6 +84,12 @@ def _parser() -> argparse.ArgumentParser:
         "reflink makes clones instant",
     )
 
+    init.add_argument(
+        "--adopt",
+        action="store_true",
+        help="take over the store of release 4.4 that is there, instead of making a new one",
+    )
+
     start = command("run", cmd_run, "start all services and stay in the foreground")
     start.add_argument(
         "--hypervisor",
@@ -185,6 +191,8 @@ def cmd_init(args: argparse.Namespace) -> int:
     """Make directories, accounts (as root) and the store; refuses an existing one."""
     settings = Settings(root=_absolute(args.root))
     settings.check()
+    if args.adopt:
+        return _adopt(settings, args.pool_dir)
     if settings.store_file.exists() or settings.journal_file.exists():
         raise CommandError(
             f"{settings.store_file} exists already: nothing was changed; "
@@ -216,6 +224,28 @@ def cmd_init(args: argparse.Namespace) -> int:
     print(
         f"made {settings.store_file}; pool varlibqubes keeps its files in "
         f"{pool_dir or settings.state_dir}"
+    )
+    return 0
+
+
+def _adopt(settings: Settings, pool_dir: Path | None) -> int:
+    """A store of release 4.4, as it stands there, becomes this instance's."""
+    from clients.cli.instance import adoption
+
+    if pool_dir is not None:
+        raise CommandError("--adopt keeps the pools that the store names: leave --pool-dir out")
+    try:
+        parsed = adoption.examine(settings)
+        accounts = account_table.ensure_accounts() if os.getuid() == 0 else {}
+        layout.ensure(settings, accounts, None)
+        report = adoption.adopt(settings, parsed, accounts)
+    except (adoption.AdoptionError, OSError) as error:
+        raise CommandError(str(error)) from error
+    for warning in report.warnings:
+        print(warning)
+    print(
+        f"{settings.store_file} is adopted, {report.copied} file(s) of its qubes were moved; "
+        f"start it with: bulkhead run --root {settings.root}"
     )
     return 0
 
