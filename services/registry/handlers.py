@@ -220,7 +220,7 @@ class RegistryHandlers:
     ) -> registry_pb2.CancelOperationReply:
         """Ask an operation to stop."""
         return await self._do(
-            works.Cancel(request.operation_id),
+            works.Cancel(request.operation_id, self._clock(), self._outside),
             call,
             "CancelOperation",
             lambda accepted: registry_pb2.CancelOperationReply(

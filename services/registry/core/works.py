@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from bulkhead.model.plan.base import Plan, PlanRefused
 from bulkhead.model.plan.mutation import plan_mutation, plan_preload
-from bulkhead.model.plan.operations import plan_begin, plan_end
+from bulkhead.model.plan.operations import plan_begin, plan_cancel, plan_end
 from bulkhead.model.records import (
     Change,
     Fact,
@@ -320,16 +320,24 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Ask an operation to stop at its next cancel point."""
+    """Ask an operation to stop at its next cancel point; one that waits ends at once."""
 
     operation_id: str
+    now: float
+    outside: Outside
 
     def plan(self, view: View, _now: Numbers) -> Planned:
         operation = operations.unfinished(view, self.operation_id)
         if operation.cancel_requested:
             return Planned(durable=False, answer=operation)
-        operation = replace(operation, cancel_requested=True)
-        return Planned((OperationPut(operation),), answer=operation)
+        plan = plan_cancel(
+            view,
+            self.operation_id,
+            now=self.now,
+            random=self.outside.random,
+            recent_dispids=self.outside.recent_dispids,
+        )
+        return Planned(plan.changes, plan.events, answer=plan.operation, result=told(plan))
 
 
 @dataclass(frozen=True, slots=True)
