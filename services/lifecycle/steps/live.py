@@ -8,7 +8,7 @@ them merge. Invariant: an APPLY of an older boot does nothing.
 from __future__ import annotations
 
 from bulkhead.api import domains_pb2, hostd_pb2
-from bulkhead.model.evaluate import evaluate, is_running
+from bulkhead.model.evaluate import evaluate, is_running, provides_network
 from bulkhead.model.power import current_power
 from bulkhead.model.records import Assignment, Phase, Problem, Qube
 from bulkhead.model.specs import ApplySpec, AttachSpec, DetachSpec
@@ -50,6 +50,7 @@ async def _network(context: StepContext, qube: Qube) -> None:
     if boot.is_namespace_netvm(view, qube) or (power is not None and power.power == "paused"):
         return
     link = boot.link(view, qube)
+    await _forget(context, qube, link.netvm if link is not None else None)
     if link is None or not is_running(view, link.netvm):
         await _detach(context, qube)
         await withdraw(context, qube)
@@ -77,6 +78,29 @@ async def _network(context: StepContext, qube: Qube) -> None:
             connected = guest_keys.connected_tree(view, link.netvm)
             mapped = guest_keys.mapped_tree(view, qube)
             await _write(context, link.netvm, (*connected.write, *mapped.write), mapped.remove)
+
+
+async def _forget(context: StepContext, qube: Qube, netvm: Qube | None) -> None:
+    """Netvms that are guests, other than the qube's, hold nothing of its address: which one
+    it had before is not known, and need not be."""
+    view = context.view
+    addresses = [boot.text(evaluate(view, qube, prop)) for prop in ("ip", "ip6")]
+    for other in list(view.qubes()):
+        if (
+            other is netvm
+            or other.klass == "AdminVM"
+            or other.run.phase is not Phase.UP
+            or not provides_network(other)
+            or boot.is_namespace_netvm(view, other)
+        ):
+            continue
+        removed = [
+            path
+            for address in addresses
+            if address
+            for path in (f"/qubes-firewall/{address}/", f"/qubes-firewall/{address}")
+        ]
+        await _write(context, other, guest_keys.connected_tree(view, other).write, tuple(removed))
 
 
 async def _detach(context: StepContext, qube: Qube) -> None:
