@@ -180,6 +180,10 @@ class Instance:
         os.kill(pid, signal.SIGKILL)
         return pid
 
+    def freeze(self, service: str) -> None:
+        """SIGSTOP a service: it hears and says nothing until it is killed or continued."""
+        os.kill(self.pid(service), signal.SIGSTOP)
+
     def wait_restarted(self, service: str, old_pid: int, timeout: float = 30.0) -> None:
         """Wait until the launcher has started it again."""
         self.until(lambda: self.pid(service) != old_pid, timeout, f"{service} runs again")

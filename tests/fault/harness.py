@@ -52,9 +52,14 @@ def _remove(instance: Instance, *qubes: str) -> None:
             if running(instance, qube):
                 instance.call("admin.vm.Kill", qube)
                 instance.until(lambda q=qube: not running(instance, q), 10.0, f"{qube} is halted")
-            if exists(instance, qube):
-                reply = instance.call("admin.vm.Remove", qube)
-                assert reply.kind == "ok" or not exists(instance, qube), reply.message
+            # Refused while another removal, of a disposable of it, is under way.
+            instance.until(
+                lambda q=qube: (
+                    not exists(instance, q) or instance.call("admin.vm.Remove", q).kind == "ok"
+                ),
+                10.0,
+                f"{qube} is removed",
+            )
 
 
 def _create(instance: Instance, qube: str) -> Reply:
@@ -95,7 +100,11 @@ def _prepare_disposable(instance: Instance) -> None:
 
 
 def _run_disposable(instance: Instance) -> Reply:
-    """Create, start and kill a disposable, as a client does; the first failure ends it."""
+    """Create, start and kill a disposable, as a client does; the first failure ends it.
+
+    One whose client never learned its name is nobody's: the next client takes it away.
+    """
+    _remove(instance, *_disposables(instance))
     reply = instance.call("admin.vm.CreateDisposable", "dvm")
     if reply.kind != "ok":
         return reply
