@@ -21,13 +21,18 @@ from bulkhead.model.specs import CreateSpec, RemoveSpec
 from services.dispvm import failpoint_table  # noqa: F401 - declares what hit() names
 from services.dispvm.adapters.boot_marker import BootMarker
 from services.dispvm.core import preload
-from services.dispvm.core.disposables import disposable_template, stale_after_boot
+from services.dispvm.core.disposables import (
+    disposable_template,
+    refused_to_start,
+    stale_after_boot,
+)
 from services.dispvm.operations import Operations
 from services.dispvm.pool import Pool
 
 log = logging.getLogger("bulkhead.dispvm")
 
 START_PATIENCE_S = 10.0
+REMOVAL_TIMEOUT_S = 120.0
 
 
 class DispvmHandlers:
@@ -43,6 +48,7 @@ class DispvmHandlers:
         self.ready = False
         self.not_ready_reason = "the registry's state has not arrived yet"
         self._started = asyncio.Event()
+        self._removals: set[asyncio.Task[None]] = set()
 
     @property
     def revision(self) -> int:
@@ -70,22 +76,29 @@ class DispvmHandlers:
             return
         for qube in list(stale_after_boot(self.replica.view)):
             log.info("removing disposable %s of a former boot", qube.name)
-            context = CallContext(
-                request_id=uuid.uuid5(
-                    uuid.NAMESPACE_OID, f"stale/{qube.uuid}/{self.marker.current}"
-                ).bytes,
-                on_behalf_of="dom0",
-            )
-            try:
-                spec = RemoveSpec(qube.name, auto_cleanup=True)
-                await self.operations.finish(spec, context, 120.0)
-            except BusError as error:
-                log.warning("disposable %s stays: %s", qube.name, error.message)
+            await self._remove(qube, f"stale/{qube.uuid}/{self.marker.current}")
         self.marker.done()
 
     def _entry(self, entry: Entry) -> None:
         self.pool.follow(entry)
         self.operations.follow(entry)
+        for qube in refused_to_start(self.replica.view, entry.events):
+            task = asyncio.get_running_loop().create_task(
+                self._remove(qube, f"refused/{qube.uuid}/{entry.seq}")
+            )
+            self._removals.add(task)
+            task.add_done_callback(self._removals.discard)
+
+    async def _remove(self, qube: Qube, key: str) -> None:
+        """Remove an unnamed disposable that nothing else removes."""
+        context = CallContext(
+            request_id=uuid.uuid5(uuid.NAMESPACE_OID, key).bytes, on_behalf_of="dom0"
+        )
+        try:
+            spec = RemoveSpec(qube.name, auto_cleanup=True)
+            await self.operations.finish(spec, context, REMOVAL_TIMEOUT_S)
+        except BusError as error:
+            log.warning("disposable %s stays: %s", qube.name, error.message)
 
     async def _begun(self, call: Call) -> None:
         """The registry's state is here; who asks while it is not would be told of no qube."""

@@ -1057,6 +1057,14 @@ def disposables(r: Script) -> None:
     r.events("all")
     r.c("prop.Set", "dvm", "template_for_dispvms", "False", want="QubesVMInUseError")
     r.c("sys.Set", arg="default_dispvm", payload="")
+    # One that may not start does not stay
+    r.c(dispose, "dvm", want=name, save="d4")
+    r.c("feat.Set", "{d4}", "prohibit-start", "1")
+    r.forget("all")
+    r.c("vm.Start", "{d4}", want="QubesException")
+    ends = [":domain-pre-delete vm={d4}", ":domain-delete vm={d4}"]
+    r.events("all", "{d4}:domain-start-failed reason=*", *ends, until=":domain-delete")
+    r.c("vm.List", "{d4}", want="QubesVMNotFoundError")
     # Named
     r.forget("all")
     r.c("vm.Create.DispVM", arg="dvm", payload="name=named label=blue")

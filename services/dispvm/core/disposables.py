@@ -6,12 +6,13 @@ operations. Invariant: a disposable that runs, or that an operation holds, is ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from bulkhead.model.evaluate import evaluate
-from bulkhead.model.records import Phase, Qube
+from bulkhead.model.records import Phase, Qube, WireEvent
 from bulkhead.model.refusal import Refusal
 from bulkhead.model.view import View
+from services.dispvm.core.preload import IN_PROGRESS
 
 
 def disposable_template(view: View, name: str) -> Qube:
@@ -39,10 +40,24 @@ def disposable_template(view: View, name: str) -> Qube:
 def stale_after_boot(view: View) -> Iterator[Qube]:
     """Unnamed disposables that the host's last boot left behind: halted, held by nothing."""
     for qube in view.qubes():
-        if (
-            qube.klass == "DispVM"
-            and evaluate(view, qube, "auto_cleanup")
-            and qube.run.phase is Phase.HALTED
-            and not any(True for _ in view.operations_on(qube.uuid))
-        ):
+        if _stale(view, qube):
             yield qube
+
+
+def refused_to_start(view: View, events: Iterable[WireEvent]) -> Iterator[Qube]:
+    """Unnamed disposables whose start was refused before it began; one that failed later
+    is removed by its operation, and one made ahead by who made it."""
+    for event in events:
+        if event.name == "domain-start-failed":
+            qube = view.qube(event.subject)
+            if qube is not None and IN_PROGRESS not in qube.features and _stale(view, qube):
+                yield qube
+
+
+def _stale(view: View, qube: Qube) -> bool:
+    return (
+        qube.klass == "DispVM"
+        and bool(evaluate(view, qube, "auto_cleanup"))
+        and qube.run.phase is Phase.HALTED
+        and not any(True for _ in view.operations_on(qube.uuid))
+    )
