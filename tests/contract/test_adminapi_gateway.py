@@ -53,6 +53,7 @@ class FakeReplica:
         self.view = view
         self.seq = 5
         self.revision = 5
+        self.registry_boot = "boot-1"
         self.lag_s = 0.0
         self.is_ready = True
         self._callbacks: list[Callable[[Entry], None]] = []
