@@ -532,6 +532,21 @@ def _existence_first(view: View, judge: Any, caller: Qube, request: Any) -> Any:
 
 
 Hold = Callable[[Drawn, tuple[str, ...], Asked], None]
+
+
+def test_positions_which_count_the_events_of_all_are_not_given() -> None:
+    text = "* * * * allow target=dom0\n"
+    assert outcome(system(PLAIN), text, b"bulkhead.Events+ dom0 name dom0\0") == b""
+    assert outcome(system(PLAIN), text, b"admin.Events+ dom0 name dom0\0") != b""
+
+
+def test_an_event_of_an_earlier_qube_of_the_name_is_not_given() -> None:
+    text = f"{EVENTS} * {CALLER} {OTHERS[0]} allow target=dom0\n"
+    for uuid, seen in ((UUIDS[OTHERS[0]], True), (UUIDS[OTHERS[1]], False)):
+        data = told(system(PLAIN), text, [WireEvent(OTHERS[0], "domain-start", (), uuid)])
+        assert (OTHERS[0].encode() in data) is seen
+
+
 # A check that is taken away: where, its name, what stands there instead, which proof fails.
 LEAKS: dict[str, tuple[object, str, object, Hold]] = {
     "a qube named in argument or payload": (

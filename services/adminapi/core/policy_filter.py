@@ -39,6 +39,8 @@ _SENTENCES = frozenset({"reason"})
 _DEVICE_CALLS = frozenset(
     {"device_assign", "device_unassign", "device_set_assignment", "device_attach", "device_detach"}
 )
+# Positions count everybody's events, and a past event may be of an earlier qube.
+_COUNTING = frozenset({"events_resumable"})
 _CREATES = frozenset({"create", "create_in_pool", "clone"})
 
 
@@ -78,6 +80,8 @@ def gate(view: View, judge: Judge, caller: Qube, request: Request) -> Checked:
         untrusted_dest=decision.requested.encode(),
     )
     checked = replace(check(view, "admin", stated), confined=True)
+    if checked.call.handler in _COUNTING:
+        raise Drop(f"{method} is not served to callers that see a part only")
     # A rule for this very argument is a grant of what the argument names.
     named = decision.rule is not None and decision.rule.argument != "*"
     for name in references(checked, argument=not named):
@@ -159,6 +163,9 @@ def confined_event(
     for name in {subject, *others}:
         if name != ADMINVM_TOKEN and view.qube(name) is None and name not in gone:
             return None
+    now = view.qube(subject) or gone.get(subject)
+    if now is not None and event.subject_uuid not in ("", now.uuid):
+        return None  # of an earlier qube of that name
     if not may_see_event(policy, view, source, event):
         return None
     for name in others - {subject}:
