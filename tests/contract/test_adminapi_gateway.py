@@ -483,6 +483,7 @@ def test_a_slow_reader_ends_with_a_reason(run: Runner, monkeypatch: pytest.Monke
 
 def test_a_resync_ends_the_streams(run: Runner) -> None:
     async def test(world: World) -> None:
+        world.replica.tell(resync=True)  # the first load, before anybody listens
         reader, writer = await world.subscribe()
         world.replica.tell(resync=True)
         assert (await asyncio.wait_for(reader.read(), 5)).startswith(b"2\0QubesException\0")
