@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from bulkhead import failpoints
 from bulkhead.model.records import Pool, Volume
 from services.storage.core.names import Role, file_name
 from services.storage.core.reasons import StorageRefusal
@@ -273,6 +274,22 @@ def test_remove_leaves_nothing_and_is_repeatable(pool: Pool1) -> None:
     pool.driver.remove(OWNER, volume)
     assert pool.listing() == []
     assert not (pool.root / "appvms/work").exists()
+
+
+def test_a_late_removal_beside_a_new_volume(pool: Pool1, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A removal that is repeated late takes the directory away before a file is in it."""
+    names: list[str] = []
+
+    def hit(name: str) -> None:
+        names.append(name)
+        if names.count("storage.ensure.after_directory") == 1 and name == names[0]:
+            pool.driver.remove(OTHER, volatile())
+
+    monkeypatch.setattr(failpoints, "hit", hit)
+    volume = origin()
+    pool.driver.ensure(OWNER, volume)
+    assert names.count("storage.ensure.after_directory") == 2
+    assert pool.file(volume, Role.CLEAN).exists()
 
 
 def test_remove_of_what_never_was(pool: Pool1) -> None:

@@ -69,6 +69,8 @@ _T = TypeVar("_T")
 _OWNED = (Role.CLEAN, Role.DIRTY, Role.OVERLAY, Role.IMPORT, Role.PRECACHE)
 _RUNNING = (Role.OVERLAY, Role.DIRTY)
 _PROBE = ".bulkhead-probe"
+# How often a qube's directory is made again that was taken away before a file was in it.
+HOME_ATTEMPTS = 5
 # A reader takes no lock: a commit may rename what it just saw. It looks again, this often.
 _LOOKS = 5
 
@@ -311,6 +313,24 @@ class DirectoryDriver(Driver):
         present.temporaries.clear()
         fsync_directory(present.directory)
 
+    @contextlib.contextmanager
+    def _at_home(self, present: Present) -> Iterator[Fresh]:
+        """A new committed file in the qube's directory, which is made at need.
+
+        The directory is locked by nobody, a volume is: a repeated removal of another volume
+        of that directory may take it away while it is still empty. Then it is made again.
+        """
+        with contextlib.ExitStack() as stack:
+            for left in reversed(range(HOME_ATTEMPTS)):
+                try:
+                    self._make_home(present)
+                    file = stack.enter_context(fresh(present.path(Role.CLEAN)))
+                    break
+                except FileNotFoundError:
+                    if not left:
+                        raise
+            yield file
+
     def _make_home(self, present: Present) -> None:
         if not present.directory.is_dir():
             files.make_directory(present.directory, settle=False)
@@ -368,8 +388,7 @@ class DirectoryDriver(Driver):
         if present.running is None:
             self._set_untagged_aside(present)
             if Role.CLEAN not in present.roles:
-                self._make_home(present)
-                with fresh(present.path(Role.CLEAN)) as file:
+                with self._at_home(present) as file:
                     os.ftruncate(file.fd, volume.size)
                     self._finish_clean(file, owner, "")
                     file.publish("storage.ensure")
@@ -382,8 +401,7 @@ class DirectoryDriver(Driver):
         if present.running is None:
             self._set_untagged_aside(present)
             if Role.CLEAN not in present.roles:
-                self._make_home(present)
-                with fresh(present.path(Role.CLEAN)) as file:
+                with self._at_home(present) as file:
                     files.copy(source.fd, file.fd, source.size, cancel)
                     self._finish_clean(file, owner, key)
                     file.publish("storage.clone")
