@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.domains.simhv.client import SimControl
 from tests.instance import Instance, Reply
 
 QUIET_TIMEOUT_S = 10.0
@@ -25,7 +26,8 @@ NETVM = "net"
 class Scenario:
     """One operation: how to bring its start state about, do it, and take it away again.
 
-    done(instance) tells from outside whether the operation's effect is there.
+    done(instance) tells from outside whether the operation's effect is there. brief: in a
+    sample it is killed only where no scenario before it was, and at two points of every one.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Scenario:
     act: Callable[[Instance], Reply]
     done: Callable[[Instance], bool]
     clean: Callable[[Instance], object]
+    brief: bool = False
 
 
 def exists(instance: Instance, qube: str) -> bool:
@@ -71,7 +74,7 @@ def _create(instance: Instance, qube: str) -> Reply:
 def _made(instance: Instance, qube: str) -> None:
     if not exists(instance, qube):
         reply = _create(instance, qube)
-        assert reply.kind == "ok", reply.message
+        assert reply.kind == "ok", f"{reply.message}\n{instance.logs()}"
 
 
 def _networked(instance: Instance, qube: str) -> None:
@@ -112,6 +115,57 @@ def _run_disposable(instance: Instance) -> Reply:
     if started.kind != "ok":
         return started
     return instance.call("admin.vm.Kill", reply.text)
+
+
+def _uuid(instance: Instance, qube: str) -> str:
+    return instance.ok("admin.vm.property.Get", qube, "uuid").rpartition(" ")[2]
+
+
+def _start_in_vain(instance: Instance) -> Reply:
+    """A start that the hypervisor refuses, and all of it undone: told so is ok here."""
+    with SimControl.of(instance.root) as control:
+        fault = control.fail(_uuid(instance, "worker"), "create_paused")
+        try:
+            reply = instance.call("admin.vm.Start", "worker")
+        finally:
+            control.clear(fault)
+    return Reply("ok") if reply.kind == "exc" else Reply("exc", message=f"told {reply.kind}")
+
+
+def _with_agent(instance: Instance) -> None:
+    """A running qube whose guest answers, so that a resize reaches its file system."""
+    _started(instance, "worker")
+    with SimControl.of(instance.root) as control:
+        control.agent(_uuid(instance, "worker"), True)
+
+
+def _stopped(instance: Instance, qube: str) -> None:
+    """A qube that has run, hence has a revision to go back to."""
+    _started(instance, qube)
+    instance.ok("admin.vm.Shutdown", qube, "wait")
+
+
+def _revert(instance: Instance) -> Reply:
+    revisions = instance.ok("admin.vm.volume.ListSnapshots", "worker", "private").split()
+    return instance.call("admin.vm.volume.Revert", "worker", "private", revisions[-1].encode())
+
+
+def _attribute(instance: Instance, call: str, arg: str, name: str) -> str:
+    lines = instance.ok(call, "worker", arg).splitlines()
+    return dict(line.split("=", 1) for line in lines)[name]
+
+
+LARGER = str(3 << 30)
+RULES = "action=drop dst4=1.2.3.4/32\naction=accept\n"
+
+
+def _brief(
+    name: str,
+    prepare: Callable[[Instance], object],
+    act: Callable[[Instance], Reply],
+    done: Callable[[Instance], bool],
+) -> Scenario:
+    return Scenario(name, prepare, act, done, lambda i: _remove(i, "worker"), brief=True)
 
 
 SCENARIOS: tuple[Scenario, ...] = (
@@ -163,6 +217,49 @@ SCENARIOS: tuple[Scenario, ...] = (
         act=_run_disposable,
         done=lambda i: not _disposables(i),
         clean=lambda i: _remove(i, *_disposables(i), "dvm"),
+    ),
+    _brief(
+        "failed-start",
+        prepare=lambda i: _networked(i, "worker"),
+        act=_start_in_vain,
+        done=lambda i: not running(i, "worker"),
+    ),
+    _brief(
+        "pause",
+        prepare=lambda i: _started(i, "worker"),
+        act=lambda i: i.call("admin.vm.Pause", "worker"),
+        done=lambda i: i.state("worker") == "Paused",
+    ),
+    _brief(
+        "leave-netvm",
+        prepare=lambda i: _started(i, "worker"),
+        act=lambda i: i.call("admin.vm.property.Set", "worker", "netvm", b""),
+        done=lambda i: NETVM not in i.ok("admin.vm.property.Get", "worker", "netvm"),
+    ),
+    _brief(
+        "join-netvm",
+        prepare=lambda i: (_made(i, "worker"), i.ok("admin.vm.Start", "worker")),
+        act=lambda i: i.call("admin.vm.property.Set", "worker", "netvm", NETVM.encode()),
+        done=lambda i: NETVM in i.ok("admin.vm.property.Get", "worker", "netvm"),
+    ),
+    _brief(
+        "rules",
+        prepare=lambda i: _started(i, "worker"),
+        act=lambda i: i.call("admin.vm.firewall.Set", "worker", payload=RULES.encode()),
+        done=lambda i: i.ok("admin.vm.firewall.Get", "worker") == RULES,
+    ),
+    _brief(
+        "resize",
+        prepare=_with_agent,
+        act=lambda i: i.call("admin.vm.volume.Resize", "worker", "private", LARGER.encode()),
+        done=lambda i: _attribute(i, "admin.vm.volume.Info", "private", "size") == LARGER,
+    ),
+    _brief(
+        "revert",
+        prepare=lambda i: _stopped(i, "worker"),
+        act=_revert,
+        # Reverting again is harmless, and nothing of it can be seen from outside.
+        done=lambda i: exists(i, "worker"),
     ),
 )
 
