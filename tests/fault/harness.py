@@ -51,18 +51,18 @@ def running(instance: Instance, qube: str) -> bool:
 
 def _remove(instance: Instance, *qubes: str) -> None:
     for qube in qubes:
-        if exists(instance, qube):
-            if running(instance, qube):
-                instance.call("admin.vm.Kill", qube)
-                instance.until(lambda q=qube: not running(instance, q), 10.0, f"{qube} is halted")
-            # Refused while another removal, of a disposable of it, is under way.
-            instance.until(
-                lambda q=qube: (
-                    not exists(instance, q) or instance.call("admin.vm.Remove", q).kind == "ok"
-                ),
-                10.0,
-                f"{qube} is removed",
-            )
+        _remove_one(instance, qube)
+
+
+def _remove_one(instance: Instance, qube: str) -> None:
+    def gone() -> bool:
+        # Refused while another removal, of a disposable of it, is under way.
+        return not exists(instance, qube) or instance.call("admin.vm.Remove", qube).kind == "ok"
+
+    if exists(instance, qube) and running(instance, qube):
+        instance.call("admin.vm.Kill", qube)
+        instance.until(lambda: not running(instance, qube), 10.0, f"{qube} is halted")
+    instance.until(gone, 10.0, f"{qube} is removed")
 
 
 def _create(instance: Instance, qube: str) -> Reply:
@@ -137,6 +137,12 @@ def _with_agent(instance: Instance) -> None:
     _started(instance, "worker")
     with SimControl.of(instance.root) as control:
         control.agent(_uuid(instance, "worker"), True)
+
+
+def _unconnected(instance: Instance) -> None:
+    """A running qube without a netvm."""
+    _made(instance, "worker")
+    instance.ok("admin.vm.Start", "worker")
 
 
 def _stopped(instance: Instance, qube: str) -> None:
@@ -238,7 +244,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     ),
     _brief(
         "join-netvm",
-        prepare=lambda i: (_made(i, "worker"), i.ok("admin.vm.Start", "worker")),
+        prepare=_unconnected,
         act=lambda i: i.call("admin.vm.property.Set", "worker", "netvm", NETVM.encode()),
         done=lambda i: NETVM in i.ok("admin.vm.property.Get", "worker", "netvm"),
     ),
