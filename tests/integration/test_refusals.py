@@ -142,8 +142,8 @@ def world() -> Iterator[tuple[Instance, Path]]:
 
 def prepare(instance: Instance) -> None:
     instance.ok("admin.property.Set", arg="default_kernel", payload=b"6.12.1-lab")
-    for name in (b"tmpl", b"tmpl2"):
-        instance.ok("admin.vm.Create.TemplateVM", payload=b"name=" + name + b" label=black")
+    for template in ("tmpl", "tmpl2"):
+        instance.ok("admin.vm.Create.TemplateVM", payload=f"name={template} label=black".encode())
     instance.ok("admin.property.Set", arg="default_template", payload=b"tmpl")
     for name in ("net", "net2", "work", "run", "needy"):
         instance.ok("admin.vm.Create.AppVM", arg="tmpl", payload=f"name={name} label=red".encode())
