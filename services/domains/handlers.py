@@ -52,6 +52,8 @@ WAITERS = 8
 TOLD_S = 0.5
 DESCRIBE_S = 10.0
 RETRY_S = 1.0
+# How long after a domain was seen to be gone the event that says why may still come.
+REASON_S = 1.0
 BLOCK_S = 5.0
 # Part of a deadline that is kept for the answer itself.
 MARGIN_S = 0.2
@@ -181,6 +183,7 @@ class DomainsHandlers:
         self._host: HostInfo | None = None
         self._generation: collections.Counter[str] = collections.Counter()
         self._reasons: dict[str, str] = {}
+        self._awaited: dict[str, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._watched: set[str] = set()
         self._agents: set[tuple[str, str]] = set()
@@ -227,6 +230,8 @@ class DomainsHandlers:
         else:
             if event.reason and event.news is News.STOPPED:
                 self._reasons[event.uuid] = event.reason
+                if event.uuid in self._awaited:
+                    self._awaited[event.uuid].set()
             self._watch(event.uuid)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -259,15 +264,35 @@ class DomainsHandlers:
                 self._log.warning("domain %s could not be looked at: %s", uuid, error.message)
             await asyncio.sleep(RETRY_S)
 
-    async def _refresh(self, uuid: str, timeout: float) -> Domain | None:
-        """Ask for the domain and report what changed; what was learned meanwhile wins."""
+    async def _refresh(
+        self, uuid: str, timeout: float, patience: float = REASON_S
+    ) -> Domain | None:
+        """Ask for the domain and report what changed; what was learned meanwhile wins.
+
+        A domain may be seen to be gone before the event that says why: the event gets
+        *patience* seconds.
+        """
         while True:
             generation = self._generation[uuid]
             domain = await self._hypervisor.describe(uuid, timeout)
+            if domain is None and patience and self._tracker.current(uuid) is not None:
+                await self._reason(uuid, min(patience, timeout))
             if self._generation[uuid] != generation:
                 continue
             self._apply(uuid, domain)
             return domain
+
+    async def _reason(self, uuid: str, patience: float) -> None:
+        """Wait until the event that says why the domain stopped has come, or long enough."""
+        if uuid in self._reasons:
+            return
+        told = self._awaited.setdefault(uuid, asyncio.Event())
+        try:
+            await asyncio.wait_for(told.wait(), patience)
+        except TimeoutError:
+            self._log.info("nothing says why domain %s stopped", uuid)
+        finally:
+            self._awaited.pop(uuid, None)
 
     def _apply(self, uuid: str, domain: Domain | None) -> None:
         reason = self._reasons.pop(uuid, "")
@@ -392,7 +417,8 @@ class DomainsHandlers:
 
     async def _refresh_quietly(self, uuid: str) -> None:
         try:
-            await self._refresh(uuid, DESCRIBE_S)
+            # It stopped while nobody listened: no event will say why.
+            await self._refresh(uuid, DESCRIBE_S, patience=0)
         except HypervisorError as error:
             self._log.warning("domain %s could not be looked at: %s", uuid, error.message)
             self._watch(uuid)

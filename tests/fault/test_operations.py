@@ -140,6 +140,7 @@ def test_a_kill_at_every_failpoint(ground: Ground, scenario: Scenario) -> None:
 
 # Tables of which another test kills at every row; what it says to prove that.
 EVERY_ROW_ELSEWHERE = {
+    "adopt": ("tests/integration/test_adoption.py", "for point in POINTS"),
     "registry": ("tests/fault/test_registry_store.py", "in failpoint_table.ROWS"),
     "firewall": ("tests/fault/test_firewall_crash.py", "*sorted(ROWS)"),
     "storage": ("tests/fault/test_storage_crash.py", "in failpoints.table()"),
@@ -156,6 +157,7 @@ def test_every_failpoint_of_every_table_is_killed_somewhere(ground: Ground) -> N
     root = Path(__file__).parents[2]
     for table in sorted(root.glob("services/*/failpoint_table.py")):
         importlib.import_module(f"services.{table.parent.name}.failpoint_table")
+    importlib.import_module("clients.cli.instance.adoption")
     names = set(failpoints.table())
     assert len({name.partition(".")[0] for name in names}) >= 8
     for service, (file, proof) in EVERY_ROW_ELSEWHERE.items():
