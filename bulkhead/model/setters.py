@@ -90,7 +90,7 @@ def parse_stored(view: View, qube: Holder, row: PropertyRow, text: str) -> str:
 def check_guards(view: View, qube: Holder, row: PropertyRow, text: str) -> None:
     """Refuse a valid value that may not be set now; text is what would be stored.
 
-    Refusals: KERNEL_NOT_INSTALLED, QUBE_NOT_HALTED, QUBE_NOT_STARTED, QUBE_IN_USE,
+    Refusals: INVALID_PROPERTY_VALUE, QUBE_NOT_HALTED, QUBE_NOT_STARTED, QUBE_IN_USE,
     INVALID_VALUE.
     """
     if qube is None:
@@ -410,7 +410,12 @@ def _guard_kernel(view: View, qube: Holder, text: str) -> None:
         problem = f"Kernel '{shown(text)}' not properly installed: missing 'vmlinuz' file"
     else:
         return
-    raise Refusal("KERNEL_NOT_INSTALLED", problem, kernel=shown(text), qube=_name(qube))
+    raise Refusal(
+        "INVALID_PROPERTY_VALUE",
+        problem,
+        property="default_kernel" if qube is None else "kernel",
+        qube=_name(qube),
+    )
 
 
 def _guard_maxmem(view: View, qube: Qube, text: str) -> None:

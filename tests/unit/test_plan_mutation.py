@@ -371,7 +371,7 @@ def test_template_for_dispvms_stays_while_used(w: World) -> None:
         ("work", "netvm", "vault", "INVALID_VALUE"),
         ("work", "netvm", "nosuch", "INVALID_PROPERTY_VALUE"),
         ("sys-net", "netvm", "sys-net", "INVALID_VALUE"),
-        ("work", "kernel", "nosuch", "KERNEL_NOT_INSTALLED"),
+        ("work", "kernel", "nosuch", "INVALID_PROPERTY_VALUE"),
         ("work", "label", "pink", "LABEL_NOT_FOUND"),
         ("", "default_pool", "nosuch", "INVALID_PROPERTY_VALUE"),
     ],

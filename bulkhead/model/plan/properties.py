@@ -270,9 +270,10 @@ def set_system(draft: Draft, name: str, untrusted_value: str) -> None:
     """Set a system property from the wire."""
     view = draft.view
     row = find_row(None, name)
-    text = parse_property(view, None, row, untrusted_value)
+    text = parse_property(view, None, row, untrusted_value, guards=False)
     new, old = value_of(row, text), _old(view, None, name)
     draft.emit(events.property_pre_set(None, name, new, old))
+    check_guards(view, None, row, text)
     _before_system(draft, name, new, old)
     draft.set_system(name, text)
     _after_system(draft, name, new, old)
