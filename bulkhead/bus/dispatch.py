@@ -34,7 +34,7 @@ from bulkhead.bus.frames import (
     encode_reply_header,
 )
 from bulkhead.bus.methods import CONTROL_SERVICE, Effect, Lane, Method, methods_of
-from bulkhead.model.refusal import Refusal
+from bulkhead.model.refusal import TypedRefusal
 
 # Services that act for an Admin API source qube.
 SOURCE_SENDERS = frozenset({"adminapi", "dispvm", "backup", "lifecycle"})
@@ -427,7 +427,7 @@ class Dispatcher:
         """The handler raised: turn it into a status, store it unless it may be asked again."""
         if isinstance(exception, BusError):
             error = exception
-        elif isinstance(exception, Refusal):
+        elif isinstance(exception, TypedRefusal):
             error = from_refusal(exception)
         else:
             error = self._unexpected(work.method.full_name, exception)

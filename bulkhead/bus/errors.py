@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from bulkhead.api import envelope_pb2
-from bulkhead.model.refusal import Reason, Refusal
+from bulkhead.model.refusal import Reason, TypedRefusal, table
 
 # Canonical code name -> number, as in envelope.proto without "CODE_" and without OK.
 CODES: Mapping[str, int] = {
@@ -45,7 +45,7 @@ _ROWS: tuple[Reason, ...] = (
 )
 
 # The reasons of the bus; a service adds its own in services/<service>/core/reasons.py.
-REASONS: Mapping[str, Reason] = {row.name: row for row in _ROWS}
+REASONS: Mapping[str, Reason] = table(_ROWS)
 
 
 class BusError(Exception):
@@ -94,8 +94,8 @@ def bus_error(reason: str, message: str, *, retry_after_ms: int = 0, **metadata:
     return error
 
 
-def from_refusal(refusal: Refusal) -> BusError:
-    """The pure model's no, as a bus error."""
+def from_refusal(refusal: TypedRefusal) -> BusError:
+    """The no of the pure model or of a service, as a bus error."""
     error = BusError(refusal.code, refusal.reason, refusal.message)
     error.metadata = dict(refusal.metadata)
     return error

@@ -1,14 +1,16 @@
 """How the pure model says no.
 
 A Refusal carries a reason from REASONS, a sentence for a person, and every dynamic
-part of that sentence as metadata. It never names an exception class: adminapi maps
-reasons to the classes that existing clients expect.
+part of that sentence as metadata; services have tables and refusals of their own, made
+of the same parts. It never names an exception class: adminapi maps reasons to the
+classes that existing clients expect.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,38 @@ class Reason:
     name: str
     code: str
     when: str
+
+
+def table(rows: Iterable[Reason]) -> Mapping[str, Reason]:
+    """The rows by name. ValueError when a name stands there twice."""
+    found: dict[str, Reason] = {}
+    for row in rows:
+        if row.name in found:
+            raise ValueError(f"reason {row.name} stands twice in its table")
+        found[row.name] = row
+    return found
+
+
+class TypedRefusal(Exception):
+    """A no with a reason: a row of TABLE, which each subclass names.
+
+    message is one sentence for a person. metadata holds each dynamic part of it as text.
+    """
+
+    TABLE: ClassVar[Mapping[str, Reason]] = {}
+
+    def __init__(self, reason: str, message: str, **metadata: str) -> None:
+        if reason not in self.TABLE:
+            raise KeyError(f"reason {reason} is in no table")
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.metadata: dict[str, str] = metadata
+
+    @property
+    def code(self) -> str:
+        """The canonical code's name, without CODE_."""
+        return self.TABLE[self.reason].code
 
 
 _ROWS: tuple[Reason, ...] = (
@@ -80,25 +114,10 @@ _ROWS: tuple[Reason, ...] = (
     Reason("PROTOCOL", "INVALID_ARGUMENT", "a malformed request"),
 )
 
-REASONS: Mapping[str, Reason] = {row.name: row for row in _ROWS}
+REASONS: Mapping[str, Reason] = table(_ROWS)
 
 
-class Refusal(Exception):
-    """The model refuses; nothing was changed.
+class Refusal(TypedRefusal):
+    """The model refuses; nothing was changed. reason is a row of REASONS."""
 
-    reason must be a row of REASONS. message is one sentence. metadata holds each
-    dynamic part as text.
-    """
-
-    def __init__(self, reason: str, message: str, **metadata: str) -> None:
-        if reason not in REASONS:
-            raise KeyError(f"reason {reason} is in no table")
-        super().__init__(message)
-        self.reason = reason
-        self.message = message
-        self.metadata: dict[str, str] = metadata
-
-    @property
-    def code(self) -> str:
-        """The canonical code's name, without CODE_."""
-        return REASONS[self.reason].code
+    TABLE = REASONS

@@ -20,7 +20,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from bulkhead import failpoints
 from bulkhead.api import control_pb2, domains_pb2
 from bulkhead.bus.dispatch import Call
-from bulkhead.bus.errors import BusError
+from bulkhead.bus.errors import from_refusal
 from bulkhead.model.records import HostFact, PowerFact
 
 from . import failpoint_table as _failpoint_table  # noqa: F401  (declares the failpoints)
@@ -88,9 +88,9 @@ def _answers(
         try:
             return await method(self, *args, **kwargs)
         except DomainsError as error:
-            raise _bus_error(error) from error
+            raise from_refusal(error) from error
         except HypervisorError as error:
-            raise _bus_error(
+            raise from_refusal(
                 DomainsError(
                     _REASON_OF[error.failure],
                     f"The hypervisor: {error.message}.",
@@ -101,12 +101,6 @@ def _answers(
     answering.__name__ = getattr(method, "__name__", "answering")
     answering.__doc__ = method.__doc__
     return answering
-
-
-def _bus_error(error: DomainsError) -> BusError:
-    wire = BusError(error.code, error.reason, error.message)
-    wire.metadata = dict(error.metadata)
-    return wire
 
 
 class QubeQueue:

@@ -20,7 +20,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from bulkhead import codec
 from bulkhead.api import control_pb2, records_pb2, storage_pb2
 from bulkhead.bus.dispatch import Call
-from bulkhead.bus.errors import BusError
+from bulkhead.bus.errors import BusError, from_refusal
 from bulkhead.model.records import Pool, PoolFact, Volume
 from services.storage import messages
 from services.storage.adapters.data_socket import DataSocket
@@ -71,8 +71,7 @@ def _answers(
 
 def bus_error(refusal: StorageRefusal) -> BusError:
     """The wire form of a refusal."""
-    error = BusError(refusal.code, refusal.reason, refusal.message)
-    error.metadata = dict(refusal.metadata)
+    error = from_refusal(refusal)
     if refusal.reason in ("POOL_BUSY", "EPOCH_UNKNOWN"):
         error.retry_after_ms = 200
     return error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from bulkhead.model.refusal import Reason
+from bulkhead.model.refusal import Reason, table
 
 _ROWS = (
     Reason("UNKNOWN_CALL", "UNIMPLEMENTED", "no such method on this socket"),
@@ -33,4 +33,4 @@ _ROWS = (
     Reason("UNEXPECTED", "INTERNAL", "an error of this system's own; the log says more"),
 )
 
-REASONS: Mapping[str, Reason] = {row.name: row for row in _ROWS}
+REASONS: Mapping[str, Reason] = table(_ROWS)

@@ -6,7 +6,9 @@ bus: handlers turn a DomainsError into its error. Invariant: a DomainsError has 
 
 from __future__ import annotations
 
-from bulkhead.model.refusal import Reason
+from collections.abc import Mapping
+
+from bulkhead.model.refusal import Reason, TypedRefusal, table
 
 _ROWS: tuple[Reason, ...] = (
     Reason("DOMAIN_NOT_FOUND", "NOT_FOUND", "no domain with that uuid and boot id exists"),
@@ -31,24 +33,10 @@ _ROWS: tuple[Reason, ...] = (
     Reason("EPOCH_UNKNOWN", "UNAVAILABLE", "the epoch was not yet learned from the registry"),
 )
 
-REASONS: dict[str, Reason] = {row.name: row for row in _ROWS}
+REASONS: Mapping[str, Reason] = table(_ROWS)
 
 
-class DomainsError(Exception):
-    """domains refuses or failed; message is one sentence, metadata its dynamic parts.
+class DomainsError(TypedRefusal):
+    """domains refuses or failed; reason is a row of REASONS."""
 
-    reason must be a row of REASONS (KeyError otherwise).
-    """
-
-    def __init__(self, reason: str, message: str, **metadata: str) -> None:
-        if reason not in REASONS:
-            raise KeyError(f"reason {reason} is in no table")
-        super().__init__(message)
-        self.reason = reason
-        self.message = message
-        self.metadata: dict[str, str] = metadata
-
-    @property
-    def code(self) -> str:
-        """The canonical code's name, without CODE_."""
-        return REASONS[self.reason].code
+    TABLE = REASONS

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from bulkhead.model.refusal import Reason
+from bulkhead.model.refusal import Reason, table
 
 _ROWS: tuple[Reason, ...] = (
     Reason("RULES_UNREADABLE", "FAILED_PRECONDITION", "a stored rules file does not validate"),
@@ -18,4 +18,4 @@ _ROWS: tuple[Reason, ...] = (
     Reason("NETVM_NOT_UP", "FAILED_PRECONDITION", "the network qube has no base rules yet"),
 )
 
-REASONS: Mapping[str, Reason] = {row.name: row for row in _ROWS}
+REASONS: Mapping[str, Reason] = table(_ROWS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from bulkhead.model.refusal import Reason
+from bulkhead.model.refusal import Reason, table
 
 _ROWS: tuple[Reason, ...] = (
     Reason("NOT_ROOT", "FAILED_PRECONDITION", "hostd runs without root, so nothing is enforced"),
@@ -18,4 +18,4 @@ _ROWS: tuple[Reason, ...] = (
     Reason("HOST_REFUSED", "INTERNAL", "a tool or the kernel refused; metadata says what"),
 )
 
-REASONS: Mapping[str, Reason] = {row.name: row for row in _ROWS}
+REASONS: Mapping[str, Reason] = table(_ROWS)

@@ -7,7 +7,9 @@ bulkhead.model.refusal.
 
 from __future__ import annotations
 
-from bulkhead.model.refusal import Reason
+from collections.abc import Mapping
+
+from bulkhead.model.refusal import Reason, table
 
 _ROWS: tuple[Reason, ...] = (
     Reason("STORE_FULL", "RESOURCE_EXHAUSTED", "no space for the journal; nothing was changed"),
@@ -21,4 +23,4 @@ _ROWS: tuple[Reason, ...] = (
     Reason("HIDDEN_REFUSED", "PERMISSION_DENIED", "the caller may not see hidden records"),
 )
 
-REASONS: dict[str, Reason] = {row.name: row for row in _ROWS}
+REASONS: Mapping[str, Reason] = table(_ROWS)

@@ -8,8 +8,9 @@ names a row, and whoever raised it left the volume as it was.
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
 
-from bulkhead.model.refusal import Reason
+from bulkhead.model.refusal import Reason, TypedRefusal, table
 
 _ROWS: tuple[Reason, ...] = (
     # name, code, when
@@ -42,24 +43,13 @@ _ROWS: tuple[Reason, ...] = (
     Reason("EPOCH_UNKNOWN", "UNAVAILABLE", "the registry has not told the epoch yet"),
 )
 
-REASONS: dict[str, Reason] = {row.name: row for row in _ROWS}
+REASONS: Mapping[str, Reason] = table(_ROWS)
 
 
-class StorageRefusal(Exception):
-    """Storage refuses. reason is a row of REASONS, metadata every dynamic part as text."""
+class StorageRefusal(TypedRefusal):
+    """Storage refuses; reason is a row of REASONS."""
 
-    def __init__(self, reason: str, message: str, **metadata: str) -> None:
-        if reason not in REASONS:
-            raise KeyError(f"reason {reason} is in no table")
-        super().__init__(message)
-        self.reason = reason
-        self.message = message
-        self.metadata: dict[str, str] = metadata
-
-    @property
-    def code(self) -> str:
-        """The canonical code's name, without CODE_."""
-        return REASONS[self.reason].code
+    TABLE = REASONS
 
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
