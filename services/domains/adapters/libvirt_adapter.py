@@ -34,6 +34,7 @@ from services.domains.core.xml import (
 from services.domains.core.xml.qemu import target as qemu_target
 
 from . import pci
+from .abandonment import CallsUnderWay
 from .hypervisor import Domain, Event, Failure, HostInfo, HypervisorError, News
 from .libvirt_calls import Connection, Lane
 from .xenstore import Xenstore
@@ -64,7 +65,7 @@ class LibvirtHypervisor:
         self._read = Lane(uri, "read", READERS, WAITING)
         # Opened and used by the watch only; a hung one is replaced as any other.
         self._watch = Lane(uri, "events", 1, 4)
-        self._under_way: dict[str, set[asyncio.Task[Any]]] = {}
+        self._under_way = CallsUnderWay()
         self._listener: Callable[[Event], None] = lambda _: None
         self._task: asyncio.Task[None] | None = None
         self._broken = asyncio.Event()
@@ -149,22 +150,7 @@ class LibvirtHypervisor:
         self, uuid: str, call: Callable[[libvirt.virConnect], _R], timeout: float
     ) -> _R:
         """A call on the work lane that destroy() of the same uuid gives up."""
-        task = asyncio.ensure_future(self._work.run(call, timeout))
-        tasks = self._under_way.setdefault(uuid, set())
-        tasks.add(task)
-        try:
-            # Waiting, not awaiting: so a cancel of the inner task is told from one of ours.
-            await asyncio.wait({task})
-        except asyncio.CancelledError:
-            task.cancel()
-            raise
-        finally:
-            tasks.discard(task)
-            if not tasks:
-                self._under_way.pop(uuid, None)
-        if task.cancelled():
-            raise HypervisorError(Failure.ABANDONED, "the call was cut short by a destroy")
-        return task.result()
+        return await self._under_way.run(uuid, self._work.run(call, timeout), "the call")
 
     async def _on_domain(
         self, uuid: str, call: Callable[[libvirt.virDomain], _R], timeout: float
@@ -383,8 +369,7 @@ class LibvirtHypervisor:
         await self._on_domain(uuid, lambda domain: domain.shutdown(), timeout)
 
     async def destroy(self, uuid: str, boot_id: str, timeout: float) -> bool:
-        for task in list(self._under_way.get(uuid, ())):
-            task.cancel()
+        self._under_way.abandon(uuid)
 
         def call(connection: libvirt.virConnect) -> bool:
             try:

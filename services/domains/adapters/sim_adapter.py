@@ -22,6 +22,7 @@ from bulkhead.model.records import DeviceFact
 from services.domains.core.spec import DiskSpec, DomainSpec, InterfaceSpec
 from services.domains.core.tracker import Sighting
 
+from .abandonment import CallsUnderWay
 from .hypervisor import Domain, Event, Failure, HostInfo, HypervisorError, News
 
 LINE = 1 << 20
@@ -183,7 +184,7 @@ class SimHypervisor:
         self._path = path
         self._work: _Link | None = None
         self._lane: _Link | None = None
-        self._under_way: dict[str, set[asyncio.Task[Any]]] = {}
+        self._under_way = CallsUnderWay()
         self._listener: Callable[[Event], None] = lambda _: None
         self._agent_changed: dict[str, asyncio.Event] = {}
 
@@ -207,22 +208,7 @@ class SimHypervisor:
         """A call that destroy() of the same uuid abandons."""
         assert self._work is not None, "open() comes first"
         uuid = str(args.get("uuid", "")) or str(args.get("spec", {}).get("uuid", ""))
-        task = asyncio.ensure_future(self._work.call(call, timeout, args))
-        tasks = self._under_way.setdefault(uuid, set())
-        tasks.add(task)
-        try:
-            # Waiting, not awaiting: so a cancel of the inner task is told from one of ours.
-            await asyncio.wait({task})
-        except asyncio.CancelledError:
-            task.cancel()
-            raise
-        finally:
-            tasks.discard(task)
-            if not tasks:
-                self._under_way.pop(uuid, None)
-        if task.cancelled():
-            raise HypervisorError(Failure.ABANDONED, f"{call} was cut short by a destroy")
-        return task.result()
+        return await self._under_way.run(uuid, self._work.call(call, timeout, args), call)
 
     async def host(self, timeout: float) -> HostInfo:
         shown = await self._call("host", timeout)
@@ -264,8 +250,7 @@ class SimHypervisor:
 
     async def destroy(self, uuid: str, boot_id: str, timeout: float) -> bool:
         assert self._lane is not None, "open() comes first"
-        for task in list(self._under_way.get(uuid, ())):
-            task.cancel()
+        self._under_way.abandon(uuid)
         return bool(await self._lane.call("destroy", timeout, {"uuid": uuid, "boot_id": boot_id}))
 
     async def undefine(self, uuid: str, timeout: float) -> None:
