@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from bulkhead import failpoints
+from clients.cli.instance.supervisor import RESTART_DELAY_LIMIT
 from tests.fakes.loopfs import mounted
 from tests.fault.harness import NETVM, SCENARIOS, TRACE, Scenario, run_case, wait_quiet, wait_stored
 from tests.instance import Instance
@@ -51,7 +52,13 @@ def ground() -> Iterator[Ground]:
         trace.write_text("")
         trace.chmod(0o666)
         try:
-            instance.start(environment={"BULKHEAD_FAILPOINTS_TRACE": str(trace)})
+            instance.start(
+                environment={
+                    "BULKHEAD_FAILPOINTS_TRACE": str(trace),
+                    # Or most of the time goes into waiting for the next start of a service.
+                    RESTART_DELAY_LIMIT: "0.05",
+                }
+            )
             prepare(instance, pool)
             yield Ground(instance, pool, trace)
         finally:

@@ -32,6 +32,8 @@ from clients.cli.instance.accounts import Account, client_gid
 log = logging.getLogger("bulkhead.run")
 
 RESTART_DELAYS = (0.02, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+# Environment: longest delay in seconds; tests that kill children many times lower it.
+RESTART_DELAY_LIMIT = "BULKHEAD_RESTART_DELAY_LIMIT_S"
 STOP_GRACE_S = 10.0
 FIRST = ("registry", "adminapi")
 HEAD_START_S = 1.0
@@ -262,7 +264,7 @@ class Supervisor:
                 return
             lived = time.monotonic() - child.started
             failures = 0 if lived > SETTLED_S else failures + 1
-            delay = RESTART_DELAYS[min(failures, len(RESTART_DELAYS) - 1)]
+            delay = restart_delay(failures)
             log.warning(
                 "%s ended (%s) after %.1f s: starting it again in %.2f s; its log: %s",
                 child.name,
@@ -339,6 +341,12 @@ class Supervisor:
             os.close(self._secret_fd)
             (self.settings.bus_dir / "secret").unlink(missing_ok=True)
         (self.settings.bus_dir / "launcher.json").unlink(missing_ok=True)
+
+
+def restart_delay(failures: int) -> float:
+    """Seconds before a child starts again that has died young so many times in a row."""
+    limit = float(os.environ.get(RESTART_DELAY_LIMIT) or RESTART_DELAYS[-1])
+    return min(RESTART_DELAYS[min(failures, len(RESTART_DELAYS) - 1)], limit)
 
 
 async def _wait(process: subprocess.Popen[bytes]) -> int:
