@@ -8,7 +8,9 @@ cannot lead out of it.
 from __future__ import annotations
 
 import enum
+import posixpath
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from bulkhead.model.records import Pool, Volume
@@ -127,6 +129,30 @@ def parse_bool(pool: Pool, option: str, default: bool) -> bool:
         pool=pool.name,
         option=option,
     )
+
+
+def parse_directory(pool: Pool, driver: str, known: Collection[str]) -> str:
+    """dir_path of a pool in a directory, normalised; INVALID_POOL.
+
+    known: every option that the driver has.
+    """
+    unknown = sorted(set(pool.options) - set(known))
+    if unknown:
+        raise StorageRefusal(
+            "INVALID_POOL",
+            f"pool {pool.name}: driver {driver} has no option {unknown[0]}",
+            pool=pool.name,
+            option=unknown[0],
+        )
+    path = pool.options.get("dir_path", "")
+    if not path.startswith("/") or "\0" in path:
+        raise StorageRefusal(
+            "INVALID_POOL",
+            f"pool {pool.name}: dir_path must be an absolute path, not {path!r}",
+            pool=pool.name,
+            option="dir_path",
+        )
+    return posixpath.normpath(path)
 
 
 def parse_revisions(pool: Pool) -> int:

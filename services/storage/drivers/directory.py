@@ -54,6 +54,7 @@ from services.storage.core.volumes import (
     Vid,
     kind_of,
     parse_bool,
+    parse_directory,
     parse_revisions,
     parse_vid,
 )
@@ -114,25 +115,8 @@ class DirectoryDriver(Driver):
     clean_mode: ClassVar[int] = 0o600
 
     def __init__(self, pool: Pool) -> None:
-        known = set(self.info().parameters)
-        unknown = sorted(set(pool.options) - known)
-        if unknown:
-            raise StorageRefusal(
-                "INVALID_POOL",
-                f"pool {pool.name}: driver {self.name} has no option {unknown[0]}",
-                pool=pool.name,
-                option=unknown[0],
-            )
-        path = pool.options.get("dir_path", "")
-        if not path.startswith("/") or "\0" in path:
-            raise StorageRefusal(
-                "INVALID_POOL",
-                f"pool {pool.name}: dir_path must be an absolute path, not {path!r}",
-                pool=pool.name,
-                option="dir_path",
-            )
         self.pool = pool
-        self.root = Path(os.path.normpath(path))
+        self.root = Path(parse_directory(pool, self.name, self.info().parameters))
         self.revisions_to_keep = parse_revisions(pool)
         self.ephemeral_volatile = parse_bool(pool, "ephemeral_volatile", False)
 

@@ -24,6 +24,7 @@ from bulkhead.model.records import Pool, Volume
 from services.storage import failpoint_table  # noqa: F401  (declares what is hit below)
 from services.storage.core.reasons import StorageRefusal
 from services.storage.core.states import Device, Found, Import, Kernel, PoolUsage, VolumeState
+from services.storage.core.volumes import parse_directory
 from services.storage.drivers import files
 from services.storage.drivers.files import get_tag, set_tags
 from services.storage.drivers.interface import Cancel, Committed, Driver, DriverInfo
@@ -48,24 +49,8 @@ class LinuxKernelDriver(Driver):
         )
 
     def __init__(self, pool: Pool) -> None:
-        unknown = sorted(set(pool.options) - {"dir_path"})
-        if unknown:
-            raise StorageRefusal(
-                "INVALID_POOL",
-                f"pool {pool.name}: driver {self.name} has no option {unknown[0]}",
-                pool=pool.name,
-                option=unknown[0],
-            )
-        path = pool.options.get("dir_path", "")
-        if not path.startswith("/") or "\0" in path:
-            raise StorageRefusal(
-                "INVALID_POOL",
-                f"pool {pool.name}: dir_path must be an absolute path, not {path!r}",
-                pool=pool.name,
-                option="dir_path",
-            )
         self.pool = pool
-        self.root = Path(os.path.normpath(path))
+        self.root = Path(parse_directory(pool, self.name, self.info().parameters))
 
     # ---- the pool
 
