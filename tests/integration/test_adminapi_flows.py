@@ -303,6 +303,27 @@ def test_import_by_size_and_path(client: AdminClient, world: World) -> None:
         internal.call("internal.vm.volume.ImportEnd", "imp", "private", b"ok")
 
 
+def test_a_qube_of_a_windows_template_begins_with_its_private_data(
+    client: AdminClient, world: World
+) -> None:
+    internal = AdminClient(world[0].root / "run/qubesd.internal.sock", timeout=30)
+    client.call("admin.vm.Create.TemplateVM", "dom0", "", b"name=wintmpl label=black")
+    path = internal.text("internal.vm.volume.ImportBegin", "wintmpl", "private", b"1048576")
+    data = b"NTFS" * (MIB // 4)
+    with Path(path.split(" ")[1]).open("r+b") as target:
+        target.write(data)
+    internal.call("internal.vm.volume.ImportEnd", "wintmpl", "private", b"ok")
+
+    def private(name: str) -> tuple[str, bytes]:
+        client.call("admin.vm.Create.AppVM", "dom0", "wintmpl", f"name={name} label=red".encode())
+        info = client.info("admin.vm.volume.Info", name, "private")
+        return info["size"], Path(info["path"].replace("-dirty.img", ".img")).read_bytes()[:MIB]
+
+    assert private("other")[1] == bytes(MIB)
+    client.call("admin.vm.feature.Set", "wintmpl", "os", b"Windows")
+    assert private("winapp") == (str(MIB), data)
+
+
 def test_firewall_and_notes(client: AdminClient, events: Listener) -> None:
     create(client, "fw")
     assert client.text("admin.vm.firewall.Get", "fw") == "action=accept\n"

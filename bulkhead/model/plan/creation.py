@@ -24,7 +24,12 @@ from bulkhead.model.plan.features import (
 from bulkhead.model.plan.marks import add_tag, owner_tag, set_feature
 from bulkhead.model.plan.properties import DEFERRED_NETVM, tagged_properties
 from bulkhead.model.plan.tags import CREATED_BY, add_created_by
-from bulkhead.model.plan.volumes import inherited_volume, need_halted, new_volumes
+from bulkhead.model.plan.volumes import (
+    inherited_volume,
+    need_halted,
+    new_volumes,
+    volumes_of_template,
+)
 from bulkhead.model.properties import (
     ADMIN,
     APP,
@@ -124,7 +129,14 @@ def begin_create(draft: Draft, operation: Operation, spec: CreateSpec, fresh: Fr
     if spec.preload and template is not None:
         _check_vacancy(view, template)
     record = _new_record(draft, spec, template, label, fresh)
-    volumes = new_volumes(view, record, template, pool=spec.pool, pools=spec.pools)
+    volumes = new_volumes(
+        view,
+        record,
+        template,
+        pool=spec.pool,
+        pools=spec.pools,
+        sizes={v.name: v.size for v in volumes_of_template(template, spec.klass)},
+    )
     draft.put(replace(record, volumes=volumes))
     return replace(
         operation,

@@ -125,6 +125,17 @@ def _new_volume(
     )
 
 
+def volumes_of_template(template: Qube | None, klass: str) -> tuple[Volume, ...]:
+    """The template's volumes whose last commit is copied into a new qube of that class.
+
+    A Windows template keeps a prepared file system in its private volume, which every
+    qube based on it begins with.
+    """
+    if template is None or klass != APP or template.features.get("os") != "Windows":
+        return ()
+    return tuple(v for v in template.volumes if v.name == "private" and v.save_on_stop)
+
+
 def inherited_volume(view: View, qube: Qube, extra: Volume, own_pool: str) -> Volume:
     """A volume of the template that the class does not know: its settings, a new id."""
     if own_pool and extra.snap_on_start:

@@ -7,8 +7,11 @@ nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from bulkhead.api import domains_pb2, firewall_pb2, storage_pb2
-from bulkhead.model.records import Qube
+from bulkhead.model.plan.volumes import volumes_of_template
+from bulkhead.model.records import Qube, Volume
 from bulkhead.model.specs import CloneSpec, CreateSpec
 from services.lifecycle.core import boot
 from services.lifecycle.executor import Outcome, StepContext
@@ -28,12 +31,16 @@ def stored(context: StepContext, qube: Qube) -> list[storage_pb2.VolumeSpec]:
 
 
 class Ensure:
-    """The volumes of a new qube exist, tagged with its uuid."""
+    """The volumes of a new qube exist, tagged with its uuid; those that begin as their
+    template's are copied from it."""
 
     async def forward(self, context: StepContext) -> Outcome:
         qube = subject(context)
-        volumes = stored(context, qube)
-        if volumes:
+        template = _source(context)
+        copied = volumes_of_template(template, qube.klass)
+        if copied:
+            await _ensure_cloned(context, qube, {volume.name: volume for volume in copied})
+        elif volumes := stored(context, qube):
             await context.participants.storage.ensure(
                 storage_pb2.EnsureRequest(owner=qube.uuid, qube=qube.name, volumes=volumes),
                 timeout=STORAGE_TIMEOUT_S,
@@ -62,27 +69,29 @@ class EnsureCloned:
     async def forward(self, context: StepContext) -> Outcome:
         qube = subject(context)
         source = _source(context)
-        request = storage_pb2.EnsureClonedRequest(owner=qube.uuid, qube=qube.name)
-        for spec in boot.volume_specs(context.view, qube):
-            if spec.declared.name == "kernel":
-                continue
-            origin = source.volume(spec.declared.name) if source is not None else None
-            if spec.declared.save_on_stop and origin is not None and origin.save_on_stop:
-                request.items.add(
-                    source=volume_message(
-                        boot.VolumeSpec(origin, boot.pool_of(context.view, origin))
-                    ),
-                    target=volume_message(spec),
-                )
-            else:
-                request.fresh.append(volume_message(spec))
-        await context.participants.storage.ensure_cloned(
-            request, timeout=CLONE_TIMEOUT_S, context=context.call()
-        )
+        volumes = source.volumes if source is not None else ()
+        await _ensure_cloned(context, qube, {v.name: v for v in volumes if v.save_on_stop})
         return Outcome(result={"name": qube.name, "uuid": qube.uuid})
 
     async def undo(self, context: StepContext) -> None:
         await remove_volumes(context, subject(context))
+
+
+async def _ensure_cloned(context: StepContext, qube: Qube, origins: Mapping[str, Volume]) -> None:
+    """The qube's persistent volumes begin as those of the same name in origins."""
+    request = storage_pb2.EnsureClonedRequest(owner=qube.uuid, qube=qube.name)
+    for spec in boot.volume_specs(context.view, qube):
+        if spec.declared.name == "kernel":
+            continue
+        origin = origins.get(spec.declared.name)
+        if spec.declared.save_on_stop and origin is not None:
+            source = boot.VolumeSpec(origin, boot.pool_of(context.view, origin))
+            request.items.add(source=volume_message(source), target=volume_message(spec))
+        else:
+            request.fresh.append(volume_message(spec))
+    await context.participants.storage.ensure_cloned(
+        request, timeout=CLONE_TIMEOUT_S, context=context.call()
+    )
 
 
 def _source(context: StepContext) -> Qube | None:
