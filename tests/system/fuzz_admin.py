@@ -28,9 +28,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from bulkhead.config import Settings
+from bulkhead.config import SERVICES, Settings
 from clients.admin import AdminClient, AdminError
-from clients.cli.instance import kernels
+from clients.cli.instance import kernels, operator
 from services.adminapi.core import calls
 from tests.fakes import admin_replay
 from tests.instance import Instance, running
@@ -495,7 +495,7 @@ def fuzz(instance: Instance, frames: int, seed: int, seconds: float = float("inf
     findings = Findings()
     deck = Deck(seed)
     began = time.monotonic()
-    pids = _pids(instance)
+    pids = _all_up(instance)
     prepare(instance)
     api = AdminClient.local(instance.root, timeout=120)
 
@@ -532,6 +532,18 @@ def fuzz(instance: Instance, frames: int, seed: int, seconds: float = float("inf
 def _pids(instance: Instance) -> dict[str, int]:
     data = json.loads((instance.root / "run/bulkhead/launcher.json").read_text())
     return {service: int(child["pid"]) for service, child in data["children"].items()}
+
+
+def _all_up(instance: Instance) -> dict[str, int]:
+    """Process ids once every service answers: what starts later is no restart."""
+
+    def ready() -> bool:
+        data = json.loads((instance.root / "run/bulkhead/launcher.json").read_text())
+        rows = operator.health_of_all(instance.settings, data)
+        return len(rows) == len(SERVICES) and all(row["ready"] for row in rows)
+
+    instance.until(ready, 60, "every service is ready")
+    return _pids(instance)
 
 
 def _traces(instance: Instance) -> Iterator[str]:

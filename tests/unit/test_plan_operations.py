@@ -1025,6 +1025,8 @@ def test_full_queue_names_the_holder(w: World) -> None:
     ("state", "cursor"),
     [
         (OperationState.RUNNING, ""),
+        # Its first step is at work: it will wait for its writer in a moment.
+        (OperationState.RUNNING, "import_begin"),
         (OperationState.WAITING_DATA, "import_begin"),
     ],
 )
@@ -1055,8 +1057,11 @@ def test_nobody_waits_behind_an_import_without_its_data(
 
 def test_what_is_asked_while_an_import_ends_waits_as_ever(w: World) -> None:
     begun = w.begin(ImportSpec("work", "private", size=4096)).operation
-    for state in (OperationState.RUNNING, OperationState.COMPENSATING):
-        w.view.apply(OperationPut(replace(begun, state=state, cursor="import_begin")))
+    for state, cursor in (
+        (OperationState.RUNNING, "import_end"),
+        (OperationState.COMPENSATING, "import_begin"),
+    ):
+        w.view.apply(OperationPut(replace(begun, state=state, cursor=cursor)))
         assert w.begin(RevertSpec("work", "private")).operation.state is OperationState.QUEUED
 
 

@@ -60,8 +60,8 @@ def _needs_data(operation: Operation) -> bool:
         return False
     if operation.state is OperationState.WAITING_DATA:
         return True
-    # Before its first step has ended it is on its way there.
-    return not operation.cursor and operation.state in (
+    # Until its first step has ended, and while that is at work, it is on its way there.
+    return operation.cursor in ("", OPERATIONS["IMPORT"].steps[0].name) and operation.state in (
         OperationState.QUEUED,
         OperationState.RUNNING,
     )
