@@ -16,7 +16,8 @@ APT_RUN := python3-venv python3-libvirt python3-nftables iproute2 e2fsprogs xfsp
 APT_TEST := libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients qemu-system-x86 nftables procps busybox-static strace util-linux
 APT_ALL := $(APT_RUN) $(APT_TEST)
 DNF_ALL := python3 python3-pip python3-libvirt python3-nftables iproute e2fsprogs xfsprogs btrfs-progs qemu-img \
-  libvirt-daemon libvirt-daemon-driver-qemu libvirt-client qemu-system-x86-core nftables procps-ng busybox strace util-linux cpio
+  libvirt-daemon libvirt-daemon-driver-qemu libvirt-client qemu-system-x86-core nftables procps-ng busybox strace util-linux cpio xz zstd \
+  dnf-plugins-core
 
 .PHONY: help setup packages venv kernel check test unit contract integration fault fuzz bench demo install clean
 
@@ -72,7 +73,7 @@ venv: $(VENV)/.stamp
 
 setup: packages venv
 
-# The guest kernel for tests and the demo: Debian's cloud kernel, unpacked, not installed.
+# The guest kernel for tests and the demo: the distribution's, unpacked, not installed.
 kernel: setup
 	@deploy/guest/fetch-kernel.sh $(CACHE)/kernel
 
