@@ -370,7 +370,8 @@ def parse_device_argument(untrusted_argument: str) -> DeviceName:
 def parse_pairs(untrusted_text: str) -> dict[str, str]:
     """Device serialisation "key='value' key='value'" as a mapping; Refusal INVALID_DEVICE.
 
-    A key given twice, an unquoted value or a character outside the sets is refused.
+    Of a key given twice the last value counts. An unquoted value or a character outside
+    the sets is refused.
     """
     pairs: dict[str, str] = {}
     text = untrusted_text.strip()
@@ -403,8 +404,6 @@ def _keep_pair(pairs: dict[str, str], untrusted_key: str, untrusted_value: str) 
             "INVALID_DEVICE",
             f"Invalid characters in the value of '{_shown(untrusted_key)}' in device text",
         )
-    if untrusted_key in pairs:
-        raise Refusal("INVALID_DEVICE", f"'{_shown(untrusted_key)}' is given twice in device text")
     pairs[untrusted_key] = untrusted_value.replace("\\'", "'")
 
 

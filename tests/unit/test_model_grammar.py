@@ -173,6 +173,7 @@ def test_recorded_device_texts() -> None:
     assert pairs["product"] == "O'Brien stick"
     # A value left out by the other side leaves two spaces.
     assert grammar.parse_pairs("a='1'  b='2'\n") == {"a": "1", "b": "2"}
+    assert grammar.parse_pairs("a='1' b='2' a='3'") == {"a": "3", "b": "2"}
     assigned = (
         "device_id='*' port_id='1-2' devclass='testclass' backend_domain='sys-net'"
         " mode='required' frontend_domain='work'"
@@ -200,7 +201,7 @@ def test_assignments() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["a", "a=", "a='1", "a=1", "='1'", "a='1' a='2'", "a='é'", "a b='1'", "a='1\n2'", "a='1'b='2'"],
+    ["a", "a=", "a='1", "a=1", "='1'", "a='é'", "a b='1'", "a='1\n2'", "a='1'b='2'"],
 )
 def test_bad_pairs(text: str) -> None:
     refused("INVALID_DEVICE", grammar.parse_pairs, text)

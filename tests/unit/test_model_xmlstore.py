@@ -258,7 +258,7 @@ def test_other_forms_of_values_are_read() -> None:
     net = only(parsed, "sys-net")
     assert (net.properties["debug"], net.properties["label"]) == ("True", "black")
     assert net.devices[0].mode == "required"
-    assert net.devices[0].options == {"no-strict-reset": "None"}
+    assert net.devices[0].options == {"no-strict-reset": ""}
     assert parsed.view().properties["check_updates_vm"] == "False"
 
 

@@ -647,13 +647,29 @@ def test_assignment_life(w: World) -> None:
         (replace(STICK, mode="manual"), "INVALID_ASSIGNMENT_MODE"),
         (replace(STICK, backend="nosuch"), "QUBE_NOT_FOUND"),
         (replace(STICK, backend="far"), "INVALID_DEVICE"),
-        (replace(STICK, options={"x": "y"}), "INVALID_VALUE"),
-        (replace(STICK, options={"frontend-dev": "../x"}), "INVALID_VALUE"),
+        (replace(STICK, options={"identity": "y"}), "INVALID_DEVICE"),
     ],
 )
 def test_bad_assignment(w: World, device: Assignment, reason: str) -> None:
     assert refused(lambda: w.do(AssignDevice("work", device))).reason == reason
     assert refused(lambda: w.do(AssignDevice("far", STICK))).reason == "QUBE_ERROR"
+
+
+def test_options_are_looked_at_when_the_device_is_used(w: World) -> None:
+    for number, options in enumerate(
+        ({"x": "y"}, {"frontend-dev": "../x"}, {"": ""}, {"read-only": "maybe"})
+    ):
+        w.do(AssignDevice("work", replace(STICK, port=f"sd{number}", options=options)))
+        assert w.qube("work").devices[-1].options == options
+
+
+def test_dom0_holds_assignments_as_any_local_qube(w: World) -> None:
+    events = w.do(AssignDevice("dom0", STICK)).events
+    assert names(events) == ["dom0:device-pre-assign:block", "dom0:device-assign:block"]
+    w.do(SetAssignment("dom0", STICK, "required"))
+    assert w.qube("dom0").devices[0].mode == "required"
+    w.do(UnassignDevice("dom0", STICK))
+    assert w.qube("dom0").devices == ()
 
 
 def test_denied_interfaces(w: World) -> None:
@@ -664,7 +680,10 @@ def test_denied_interfaces(w: World) -> None:
     assert w.qube("work").properties["devices_denied"] == "b******u03****"
     w.do(AllowDevices("work", ("u03****", "p******")))
     assert w.qube("work").properties["devices_denied"] == "b******"
-    assert w.do(DenyDevices("work", ())).changes == ()
+    for nothing in (DenyDevices("work", ()), AllowDevices("work", ())):
+        plan = w.do(nothing)
+        assert names(plan.events)[1] == "work:property-set:devices_denied"
+        assert w.qube("work").properties["devices_denied"] == "b******"
     w.do(AllowDevices("work", all=True))
     assert w.qube("work").properties["devices_denied"] == ""
     for patterns, reason in (

@@ -28,12 +28,10 @@ from bulkhead.model.records import (
 from bulkhead.model.specs import (
     KINDS,
     ApplySpec,
-    AttachSpec,
     ClearSpec,
     CloneSpec,
     CloneVolumeSpec,
     CreateSpec,
-    DetachSpec,
     ImportSpec,
     KernelAddSpec,
     KernelRemoveSpec,
@@ -935,48 +933,6 @@ def test_kernels(w: World) -> None:
     assert w.run(KernelRemoveSpec("7.0")) == []
 
 
-# ---- devices
-
-STICK = Assignment("block", "sys-net", "sda", "*", "manual")
-
-
-def test_attach_and_detach(w: World) -> None:
-    fact = w.device("sys-net", "sda", device_id="1234:5678:a:b123456", interfaces="b123456")
-    no_change(w, AttachSpec("work", STICK), "QUBE_NOT_RUNNING")
-    w.start("work")
-    no_change(w, AttachSpec("work", STICK), "QUBE_NOT_RUNNING")
-    w.start("sys-net")
-    for operation in list(w.view.operations_on(w.qube("work").uuid)):
-        w.end(operation)
-    events = w.run(AttachSpec("work", STICK))
-    assert names(events) == of("work", ["device-pre-attach:block", "device-attach:block"])
-    assert pairs(events[1]) == {"device": "sys-net:sda:1234:5678:a:b123456", "options": "{}"}
-    no_change(w, DetachSpec("work", STICK), "DEVICE_NOT_ASSIGNED")
-    w.view.apply(FactPut(replace(fact, attached_to=w.qube("work").uuid)))
-    no_change(w, AttachSpec("work", STICK), "DEVICE_ALREADY_ATTACHED")
-    events = w.run(DetachSpec("work", STICK))
-    assert names(events) == of("work", ["device-pre-detach:block", "device-detach:block"])
-    assert pairs(events[0]) == {"port": "sys-net:sda"}
-    w.patch("work", devices=(replace(STICK, mode="required"),))
-    no_change(w, DetachSpec("work", STICK), "QUBE_NOT_HALTED")
-
-
-def test_attach_refused(w: World) -> None:
-    w.start("sys-net")
-    w.start("work")
-    no_change(w, AttachSpec("work", STICK), "DEVICE_UNKNOWN")
-    no_change(w, AttachSpec("far", STICK), "QUBE_ERROR")
-    w.device("sys-net", "sda", interfaces="b123456", data={"mode": "r"})
-    w.set("work", "devices_denied", "b******")
-    no_change(w, AttachSpec("work", STICK), "DEVICE_DENIED")
-    w.set("work", "devices_denied", "u******")
-    bad = replace(STICK, options={"x": "y"})
-    no_change(w, AttachSpec("work", bad), "INVALID_VALUE")
-    no_change(w, AttachSpec("work", replace(STICK, options={"read-only": "no"})), "INVALID_VALUE")
-    w.device("sys-net", "sdb", interfaces="b123456")
-    no_change(w, AttachSpec("work", replace(STICK, port="*")), "DEVICE_UNKNOWN")
-
-
 # ---- locks and queue
 
 
@@ -1010,6 +966,15 @@ def test_refused_at_its_turn_makes_place_for_the_next(w: World) -> None:
     failed = w.view.operations[second.id]
     assert failed.error is not None
     assert failed.error.reason == "QUBE_NOT_HALTED"
+
+
+def test_the_first_step_is_at_the_cursor_from_the_begin_on(w: World) -> None:
+    holder = w.begin(ResizeSpec("work", "private", 2**32)).operation
+    assert holder.cursor == OPERATIONS["RESIZE"].steps[0].name
+    waits = w.begin(RevertSpec("work", "private")).operation
+    assert waits.cursor == ""
+    w.end(holder)
+    assert w.view.operations[waits.id].cursor == OPERATIONS["REVERT"].steps[0].name
 
 
 def test_full_queue_names_the_holder(w: World) -> None:

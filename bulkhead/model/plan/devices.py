@@ -13,7 +13,7 @@ from bulkhead.model import events
 from bulkhead.model.grammar import check_interfaces, parse_bool, shown
 from bulkhead.model.plan.base import Draft, need_qube
 from bulkhead.model.plan.properties import store_property
-from bulkhead.model.properties import LOCAL_VM, QUBES_VM, find_row
+from bulkhead.model.properties import LOCAL_VM, find_row
 from bulkhead.model.records import Assignment, Qube
 from bulkhead.model.refusal import Refusal
 from bulkhead.model.specs import (
@@ -27,6 +27,7 @@ from bulkhead.model.view import View
 
 MODES = ("required", "auto-attach", "ask-to-attach")
 PATTERN = 7  # characters of one interface pattern
+_OLD_IDENTITY = "identity"
 
 
 def assign(draft: Draft, command: AssignDevice) -> None:
@@ -35,7 +36,7 @@ def assign(draft: Draft, command: AssignDevice) -> None:
     qube = frontend(view, command.qube)
     _check_mode(device.mode)
     check_backend(view, device)
-    check_options(device)
+    _check_storable(device)
     if find(qube, device) is not None:
         raise Refusal(
             "DEVICE_ALREADY_ASSIGNED",
@@ -83,19 +84,15 @@ def set_assignment(draft: Draft, command: SetAssignment) -> None:
 
 
 def deny(draft: Draft, command: DenyDevices) -> None:
-    """Add interface patterns to the denied list; nothing where no pattern is given."""
+    """Add interface patterns to the denied list; the property's events come in any case."""
     qube, patterns = _denied_request(draft.view, command.qube, command.patterns)
-    if patterns:
-        _store_denied(draft, qube, _denied(qube) | set(patterns))
+    _store_denied(draft, qube, _denied(qube) | set(patterns))
 
 
 def allow(draft: Draft, command: AllowDevices) -> None:
     """Take patterns off the denied list; those that are not on it are ignored."""
     qube, patterns = _denied_request(draft.view, command.qube, command.patterns)
-    if command.all:
-        _store_denied(draft, qube, set())
-    elif patterns:
-        _store_denied(draft, qube, _denied(qube) - set(patterns))
+    _store_denied(draft, qube, set() if command.all else _denied(qube) - set(patterns))
 
 
 def _denied_request(
@@ -124,9 +121,12 @@ def _store_denied(draft: Draft, qube: Qube, patterns: set[str]) -> None:
 
 
 def frontend(view: View, name: str) -> Qube:
-    """The qube that uses the device; Refusal QUBE_NOT_FOUND, QUBE_ERROR."""
+    """The qube that uses the device; Refusal QUBE_NOT_FOUND, QUBE_ERROR.
+
+    dom0 may hold assignments as any local qube; it never boots, so they have no effect.
+    """
     qube = need_qube(view, name)
-    if qube.klass not in QUBES_VM:
+    if qube.klass not in LOCAL_VM:
         raise Refusal("QUBE_ERROR", f"'{name}' cannot be given devices", qube=name)
     return qube
 
@@ -143,14 +143,26 @@ def check_backend(view: View, device: Assignment) -> Qube | None:
     return backend
 
 
-def check_options(device: Assignment) -> None:
-    """Refusal INVALID_VALUE for an option that the device class does not know."""
+def _check_storable(device: Assignment) -> None:
+    # Read back, an option of this name would be the device's identity (the older format).
+    if _OLD_IDENTITY in device.options:
+        raise Refusal("INVALID_DEVICE", f"'{_OLD_IDENTITY}' is no option: it belongs in device_id")
+
+
+def checked_options(device: Assignment) -> dict[str, str]:
+    """The options in their stored form: a block device's read-only is "yes" or "no".
+
+    Refusal INVALID_VALUE for an option that the device class does not know. Assigning
+    checks nothing, as in 4.4: options are looked at when the device is used.
+    """
     if device.devclass != "block":
-        return
+        return dict(device.options)
+    checked = {}
     for name, value in device.options.items():
+        read_only = parse_bool(value) if name == "read-only" else None
         good = (
             (name == "frontend-dev" and value.startswith(("xvd", "sd")) and value.isalnum())
-            or (name == "read-only" and parse_bool(value) is not None)
+            or read_only is not None
             or (name == "devtype" and value in ("disk", "cdrom"))
         )
         if not good:
@@ -160,6 +172,8 @@ def check_options(device: Assignment) -> None:
                 option=shown(name),
                 value=shown(value),
             )
+        checked[name] = value if read_only is None else ("yes" if read_only else "no")
+    return checked
 
 
 def find(qube: Qube, device: Assignment) -> Assignment | None:

@@ -12,11 +12,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from bulkhead.model import events
+from bulkhead.model.devices import UNKNOWN_INTERFACE, is_known, matching
 from bulkhead.model.evaluate import evaluate, feature
 from bulkhead.model.grammar import check_pool_name, check_revision
 from bulkhead.model.plan.base import Draft, need_qube
 from bulkhead.model.plan.creation import Fresh
-from bulkhead.model.plan.devices import check_backend, check_options, frontend, identity
+from bulkhead.model.plan.devices import (
+    PATTERN,
+    check_backend,
+    checked_options,
+    frontend,
+    identity,
+)
 from bulkhead.model.plan.marks import set_feature
 from bulkhead.model.plan.running import boot_of, booted
 from bulkhead.model.plan.volumes import (
@@ -57,7 +64,7 @@ from bulkhead.model.view import View
 SIZE_LIMIT = 2**63 - 1
 # In the data of a CLONE_VOLUME whose target keeps nothing: no step copies anything.
 NOTHING_COPIED = "nothing_copied"
-_UNKNOWN_DEVICE = "?******"
+_OPTION = "option/"  # of the disk, in the data of an operation
 
 
 # ---- volumes
@@ -365,30 +372,30 @@ def begin_attach(draft: Draft, operation: Operation, spec: AttachSpec, fresh: Fr
     view = draft.view
     qube = frontend(view, spec.qube)
     device = spec.device
-    if qube.run.phase is Phase.HALTED:
+    # The caller's permission comes first: who is denied learns nothing of the qube's state.
+    _check_permitted(view, qube, device)
+    if qube.klass != "AdminVM" and qube.run.phase is Phase.HALTED:
         raise Refusal(
             "QUBE_NOT_RUNNING",
             f"Domain not running (either powered off or paused): '{qube.name}'",
             qube=qube.name,
         )
-    check_options(device)
     fact, backend = _present(view, device)
+    if qube.klass == "AdminVM":
+        raise Refusal("QUBE_ERROR", f"'{qube.name}' offers devices and takes none", qube=qube.name)
+    device = replace(device, backend=backend.name, port=fact.port, identity=fact.device_id)
+    if fact.attached_to == qube.uuid:
+        raise _taken(view, device, fact)
+    draft.emit(events.device_pre_attach(qube, device))
+    options = checked_options(device)
     if fact.attached_to:
-        holder = view.by_uuid(fact.attached_to)
-        raise Refusal(
-            "DEVICE_ALREADY_ATTACHED",
-            f"Device {identity(device)} is attached to"
-            f" '{holder.name if holder is not None else 'another qube'}' already",
-            device=identity(device),
-        )
+        raise _taken(view, device, fact)
     if backend.klass != "AdminVM" and backend.run.phase is not Phase.UP:
         raise Refusal(
             "QUBE_NOT_RUNNING", f"Backend '{backend.name}' does not run", qube=backend.name
         )
-    _check_permitted(qube, device, fact)
-    _check_block(device, fact)
-    device = replace(device, backend=backend.name, port=fact.port, identity=fact.device_id)
-    draft.emit(events.device_pre_attach(qube, device))
+    if device.devclass == "block":
+        options = _block_options(view, qube, device, fact, options)
     return replace(
         operation,
         data={
@@ -397,22 +404,25 @@ def begin_attach(draft: Draft, operation: Operation, spec: AttachSpec, fresh: Fr
             "backend": device.backend,
             "port": device.port,
             "identity": device.identity,
+            **{f"{_OPTION}{name}": value for name, value in options.items()},
         },
+    )
+
+
+def _taken(view: View, device: Assignment, fact: DeviceFact) -> Refusal:
+    holder = view.by_uuid(fact.attached_to)
+    return Refusal(
+        "DEVICE_ALREADY_ATTACHED",
+        f"Device {identity(device)} is attached to"
+        f" '{holder.name if holder is not None else 'another qube'}' already",
+        device=identity(device),
     )
 
 
 def _present(view: View, device: Assignment) -> tuple[DeviceFact, Qube]:
     """The one device that is meant, and its backend; Refusal DEVICE_UNKNOWN."""
-    backend = check_backend(view, device)
-    backends = [backend] if backend is not None else list(view.qubes())
-    found = [
-        (fact, holder)
-        for holder in backends
-        for fact in view.devices_of(holder.uuid)
-        if fact.devclass == device.devclass
-        and device.port in ("*", fact.port)
-        and device.identity in ("*", fact.device_id)
-    ]
+    check_backend(view, device)
+    found = matching(view, device)
     if len(found) != 1:
         problem = "is not present" if not found else "is not the only one of that description"
         raise Refusal(
@@ -420,23 +430,28 @@ def _present(view: View, device: Assignment) -> tuple[DeviceFact, Qube]:
             f"Device {identity(device)} ({device.devclass}) {problem}",
             device=identity(device),
         )
-    if _UNKNOWN_DEVICE in found[0][0].device_id and device.identity != "*":
+    if not is_known(found[0][0]):
         raise Refusal(
             "DEVICE_UNKNOWN", f"Device {identity(device)} is unknown", device=identity(device)
         )
     return found[0]
 
 
-def _check_permitted(qube: Qube, device: Assignment, fact: DeviceFact) -> None:
-    """Manual attachment only: no interface of the device may be on the denied list."""
+def _check_permitted(view: View, qube: Qube, device: Assignment) -> None:
+    """Manual attachment only: no interface of the device may be on the denied list.
+
+    A device whose interfaces are not known is denied as soon as anything is.
+    """
     denied = qube.properties.get("devices_denied", "")
     if device.mode != "manual" or not denied:
         return
-    patterns = [denied[at : at + 7] for at in range(0, len(denied), 7)]
-    codes = [fact.interfaces[at : at + 7] for at in range(0, len(fact.interfaces), 7)]
+    patterns = [denied[at : at + PATTERN] for at in range(0, len(denied), PATTERN)]
+    found = matching(view, device)
+    text = found[0][0].interfaces if len(found) == 1 else ""
+    codes = [text[at : at + PATTERN] for at in range(0, len(text), PATTERN)]
     if (
         not codes
-        or _UNKNOWN_DEVICE in codes
+        or UNKNOWN_INTERFACE in codes
         or any(_matches(pattern, code) for pattern in patterns for code in codes)
     ):
         raise Refusal(
@@ -451,29 +466,52 @@ def _matches(pattern: str, code: str) -> bool:
     return all(p in ("*", c) for p, c in zip(pattern, code, strict=False))
 
 
-def _check_block(device: Assignment, fact: DeviceFact) -> None:
-    if device.devclass != "block":
-        return
-    if fact.data.get("mode") == "r" and device.options.get("read-only", "yes").lower() in (
-        "no",
-        "0",
-        "false",
-        "off",
-    ):
+def _block_options(
+    view: View, qube: Qube, device: Assignment, fact: DeviceFact, options: dict[str, str]
+) -> dict[str, str]:
+    """What the disk is made from, each of them said: repeated, the same disk is meant."""
+    read_only = options.get("read-only", "yes" if fact.data.get("mode") == "r" else "no")
+    if fact.data.get("mode") == "r" and read_only == "no":
         raise Refusal(
             "INVALID_VALUE",
             f"Device {identity(device)} is read-only; attach it with read-only=yes",
             device=identity(device),
         )
+    devtype = options.get("devtype", "disk")
+    target = options.get("frontend-dev") or _free_target(view, qube, devtype)
+    return {"frontend-dev": target, "read-only": read_only, "devtype": devtype}
 
 
-def _attached_device(operation: Operation, device: Assignment) -> Assignment:
+def _free_target(view: View, qube: Qube, devtype: str) -> str:
+    """The first name that no disk of the running qube has; xvda to xvdh are its volumes'."""
+    taken = {
+        fact.attach_options.get("frontend-dev", "") for fact in view.devices_attached_to(qube.uuid)
+    }
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    names = [f"xvd{letter}" for letter in letters[letters.index("i") :]]
+    names += [f"xvd{first}{second}" for first in letters for second in letters]
+    if devtype == "cdrom" and not evaluate(view, qube, "kernel"):
+        names.insert(0, "xvdd")
+    for name in names:
+        if name not in taken:
+            return name
+    raise Refusal("QUBE_ERROR", f"'{qube.name}' has no free disk name left", qube=qube.name)
+
+
+def attached_device(operation: Operation, device: Assignment) -> Assignment:
+    """The very device that an ATTACH or DETACH is about, with the options of its disk."""
     data = operation.data
+    options = {
+        name.removeprefix(_OPTION): value
+        for name, value in data.items()
+        if name.startswith(_OPTION)
+    }
     return replace(
         device,
         backend=data.get("backend", device.backend),
         port=data.get("port", device.port),
         identity=data.get("identity", device.identity),
+        options=options,
     )
 
 
@@ -485,7 +523,10 @@ def end_attach(draft: Draft, operation: Operation, outcome: OperationState) -> N
     if qube is None or outcome is not OperationState.SUCCEEDED:
         return
     if booted(qube, boot_of(operation)):
-        draft.emit(events.device_attach(qube, _attached_device(operation, spec.device)))
+        device = replace(
+            attached_device(operation, spec.device), options=checked_options(spec.device)
+        )
+        draft.emit(events.device_attach(qube, device))
 
 
 def begin_detach(draft: Draft, operation: Operation, spec: DetachSpec, fresh: Fresh) -> Operation:
@@ -528,6 +569,7 @@ def begin_detach(draft: Draft, operation: Operation, spec: DetachSpec, fresh: Fr
             "backend": backend.name,
             "port": fact.port,
             "identity": fact.device_id,
+            **{f"{_OPTION}{name}": value for name, value in fact.attach_options.items()},
         },
     )
 
@@ -539,5 +581,5 @@ def end_detach(draft: Draft, operation: Operation, outcome: OperationState) -> N
     qube = draft.find(operation.subjects[0])
     if qube is None or outcome is not OperationState.SUCCEEDED:
         return
-    device = _attached_device(operation, spec.device)
+    device = attached_device(operation, spec.device)
     draft.emit(events.device_detach(qube, device.devclass, device.backend, device.port))

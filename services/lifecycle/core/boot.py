@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from bulkhead.model.devices import is_known, matching
 from bulkhead.model.evaluate import evaluate, is_running, kernel_command_line
 from bulkhead.model.features import feature, netvm_of, truthy
 from bulkhead.model.memory import bytes_needed, hotplug_usable
+from bulkhead.model.plan.devices import checked_options
 from bulkhead.model.records import Assignment, KernelFact, Pool, Qube, Run, Volume
 from bulkhead.model.refusal import Refusal
 from bulkhead.model.view import View
@@ -285,25 +287,12 @@ def required(qube: Qube, devclass: str) -> tuple[Assignment, ...]:
 
 def missing_devices(view: View, qube: Qube) -> tuple[Assignment, ...]:
     """Required assignments that no present device satisfies (start step "devices")."""
-    absent = []
-    for assignment in qube.devices:
-        if assignment.mode != "required":
-            continue
-        backends = (
-            list(view.qubes())
-            if assignment.backend == "*"
-            else [q for q in (view.qube(assignment.backend),) if q is not None]
-        )
-        if not any(
-            fact.devclass == assignment.devclass
-            and assignment.port in ("*", fact.port)
-            and assignment.identity in ("*", fact.device_id)
-            and "?******" not in fact.device_id
-            for backend in backends
-            for fact in view.devices_of(backend.uuid)
-        ):
-            absent.append(assignment)
-    return tuple(absent)
+    return tuple(
+        assignment
+        for assignment in qube.devices
+        if assignment.mode == "required"
+        and not any(is_known(fact) for fact, _backend in matching(view, assignment))
+    )
 
 
 def domain(
@@ -426,13 +415,29 @@ def _disks(view: View, qube: Qube, devices: Sequence[BlockDevice]) -> tuple[Disk
 
 def _block_disks(view: View, qube: Qube, kernel_name: str) -> tuple[Disk, ...]:
     free = iter(f"xvd{chr(c)}" for c in range(ord("i"), ord("z") + 1))
-    disks = []
+    disks: list[Disk] = []
     for assignment in required(qube, "block"):
-        target = assignment.options.get("frontend-dev", "")
+        options = checked_options(assignment)
+        target = options.get("frontend-dev", "")
         if not target:
-            is_cdrom = assignment.options.get("devtype") == "cdrom"
+            is_cdrom = options.get("devtype") == "cdrom"
             target = "xvdd" if is_cdrom and not kernel_name else next(free)
-        disks.append(block_disk(view, assignment, target))
+        paths = {(disk.backend, disk.path) for disk in disks}
+        for fact, backend in matching(view, assignment):
+            device = replace(assignment, backend=backend.name, port=fact.port, options=options)
+            if fact.data.get("mode") == "r":
+                device = replace(device, options={**options, "read-only": "yes"})
+            disk = block_disk(view, device, target)
+            if is_known(fact) and (disk.backend, disk.path) not in paths:
+                disks.append(disk)
+                break
+        else:
+            raise Refusal(
+                "DEVICE_UNKNOWN",
+                f"block device {assignment.port} of {qube.name} is not there now",
+                qube=qube.name,
+                device=assignment.port,
+            )
     return tuple(disks)
 
 
@@ -486,17 +491,8 @@ def _hostdevs(view: View, qube: Qube) -> tuple[Hostdev, ...]:
     filtering_off = truthy(view, view.adminvm, "suspend-s0ix")
     found = []
     for assignment in required(qube, "pci"):
-        fact = next(
-            (
-                f
-                for f in view.devices_of(view.adminvm.uuid)
-                if f.devclass == "pci"
-                and assignment.port in ("*", f.port)
-                and assignment.identity in ("*", f.device_id)
-            ),
-            None,
-        )
-        address = fact.data.get("sbdf", "") if fact is not None else ""
+        present = [fact.data.get("sbdf", "") for fact, _backend in matching(view, assignment)]
+        address = present[0] if present else ""
         try:
             segment, bus, rest = address.split(":")
             slot, function = rest.split(".")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bulkhead.api import domains_pb2, hostd_pb2
 from bulkhead.model.evaluate import evaluate, is_running, provides_network
+from bulkhead.model.plan.storage import attached_device
 from bulkhead.model.power import current_power
 from bulkhead.model.records import Assignment, Phase, Problem, Qube
 from bulkhead.model.specs import ApplySpec, AttachSpec, DetachSpec
@@ -162,8 +163,9 @@ async def _memory(context: StepContext, qube: Qube) -> None:
     )
 
 
-def _disk(context: StepContext, device: Assignment) -> domains_pb2.DiskSpec:
-    """The disk of a block device. StepFailed for another class."""
+def _disk(context: StepContext, asked: Assignment) -> domains_pb2.DiskSpec:
+    """The disk of the block device that the operation found. StepFailed for another class."""
+    device = attached_device(context.operation, asked)
     if device.devclass != "block":
         raise StepFailed(
             Problem(
@@ -175,7 +177,7 @@ def _disk(context: StepContext, device: Assignment) -> domains_pb2.DiskSpec:
         )
     return fill(
         domains_pb2.DiskSpec(),
-        boot.block_disk(context.view, device, device.options.get("frontend-dev", "xvdi")),
+        boot.block_disk(context.view, device, device.options.get("frontend-dev", "")),
     )
 
 
