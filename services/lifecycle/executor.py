@@ -316,45 +316,82 @@ class Executor:
         row = OPERATIONS[operation.kind]
         pending: Sequence[WireEvent] = ()
         result: dict[str, str] = dict(operation.result)
-        for step in saga.remaining(row, operation)[1 if after_cursor else 0 :]:
+        left = saga.remaining(row, operation)[1 if after_cursor else 0 :]
+        for stage in left:
+            first = stage[0]
             latest = self.replica.view.operations.get(operation.id)
             if latest is not None and latest.cancel_requested:
                 operation = replace(operation, cancel_requested=True)
-            if saga.may_cancel(operation, step):
+            if saga.may_cancel(operation, first):
                 await self._compensate(operation, _cancelled(operation))
                 return
-            operation = await self._advance(
-                operation,
-                step.name,
-                OperationState.RUNNING,
-                progress=saga.progress_of(row, step),
-                events=pending,
-                pivoted=operation.pivoted or step.pivot,
-            )
+            pivoted = operation.pivoted or first.pivot
+            if pending or not saga.stands_at(operation, first, pivoted=pivoted):
+                operation = await self._advance(
+                    operation,
+                    first.name,
+                    OperationState.RUNNING,
+                    progress=saga.progress_of(row, first),
+                    events=pending,
+                    pivoted=pivoted,
+                )
             pending = ()
-            outcome = await self._attempt(operation, step)
-            if outcome is None:
+            outcomes = await self._stage(operation, stage)
+            if outcomes is None:
                 return
-            result.update(outcome.result)
-            if step is row.steps[-1]:
-                # Nothing advances after the last step: its data reaches the end plan this way.
-                result.update(outcome.data)
-            if outcome.data:
-                operation = replace(operation, data={**operation.data, **outcome.data})
-            pending = (*_events_of(step, self.replica.view, operation), *outcome.events)
-            if outcome.waits:
+            waits = False
+            for step, outcome in zip(stage, outcomes, strict=True):
+                result.update(outcome.result)
+                if stage is left[-1]:
+                    # Nothing advances after the last step: its data reaches the end plan so.
+                    result.update(outcome.data)
+                if outcome.data:
+                    operation = replace(operation, data={**operation.data, **outcome.data})
+                made = _events_of(step, self.replica.view, operation)
+                pending = (*pending, *made, *outcome.events)
+                waits = waits or outcome.waits
+            if waits:
                 await self._advance(
                     operation,
-                    step.name,
+                    first.name,
                     OperationState.WAITING_DATA,
                     events=pending,
-                    data=outcome.data,
+                    data=operation.data,
                 )
                 return
         await self._end(operation, OperationState.SUCCEEDED, None, result, pending)
 
-    async def _attempt(self, operation: Operation, step: StepRow) -> Outcome | None:
-        """Do one step, with retries; None when the operation took another way."""
+    async def _stage(
+        self, operation: Operation, stage: Sequence[StepRow]
+    ) -> Sequence[Outcome] | None:
+        """Do the steps of a stage beside each other; None when the operation took another way.
+
+        Whatever fails, all of them have ended before anything is undone: a call that is
+        still under way could do its work after its undo.
+        """
+        failed: list[Failure] = []
+        attempts = await asyncio.gather(
+            *(self._attempt(operation, step, failed) for step in stage), return_exceptions=True
+        )
+        for attempt in attempts:
+            if isinstance(attempt, BaseException):
+                raise attempt
+        if not failed:
+            return [attempt for attempt in attempts if isinstance(attempt, Outcome)]
+        problem = failed[0].problem
+        if saga.after_failure(operation, failed[0]) is Move.FAIL_AFTER_PIVOT:
+            follow_up = KillSpec(
+                _name_of(self.replica.view, operation), _boot_of(self.replica.view, operation)
+            )
+            await self._end(operation, OperationState.FAILED, problem, {}, (), follow_up)
+        else:
+            await self._compensate(operation, problem)
+        return None
+
+    async def _attempt(
+        self, operation: Operation, step: StepRow, failed: list[Failure]
+    ) -> Outcome | None:
+        """Do one step, with retries; None when it failed, or another of its stage has."""
         attempts = 0
         began = time.monotonic()
         while True:
@@ -376,25 +413,14 @@ class Executor:
                 failure.problem.message,
                 move.value,
             )
-            if move is Move.RETRY:
+            if move is Move.STUCK and operation.state is not OperationState.STUCK:
+                operation = await self._advance(
+                    operation, operation.cursor, OperationState.STUCK, error=failure.problem
+                )
+            if move in (Move.RETRY, Move.STUCK) and not failed:
                 await asyncio.sleep(saga.retry_delay(attempts))
                 continue
-            if move is Move.STUCK:
-                if operation.state is not OperationState.STUCK:
-                    operation = await self._advance(
-                        operation, step.name, OperationState.STUCK, error=failure.problem
-                    )
-                await asyncio.sleep(saga.retry_delay(attempts))
-                continue
-            if move is Move.FAIL_AFTER_PIVOT:
-                follow_up = KillSpec(
-                    _name_of(self.replica.view, operation), _boot_of(self.replica.view, operation)
-                )
-                await self._end(
-                    operation, OperationState.FAILED, failure.problem, {}, (), follow_up
-                )
-                return None
-            await self._compensate(operation, failure.problem)
+            failed.append(failure)
             return None
 
     async def _compensate(self, operation: Operation, problem: Problem) -> None:

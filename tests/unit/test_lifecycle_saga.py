@@ -27,7 +27,7 @@ def test_every_step_of_the_table_has_an_object_and_no_other_exists() -> None:
 
 def test_a_new_operation_does_every_step() -> None:
     row = OPERATIONS["START"]
-    assert saga.remaining(row, START) == row.steps
+    assert [step for stage in saga.remaining(row, START) for step in stage] == list(row.steps)
     assert saga.to_undo(row, START) == ()
 
 
@@ -35,13 +35,41 @@ def test_a_new_operation_does_every_step() -> None:
 def test_the_step_at_the_cursor_is_repeated_and_undone(step: str) -> None:
     row = OPERATIONS["START"]
     at = replace(START, cursor=step)
-    assert saga.remaining(row, at)[0].name == step
+    assert [s.name for s in saga.remaining(row, at)[0]] == [step]
     undone = saga.to_undo(row, at)
     assert all(s.undo for s in undone)
     names = [s.name for s in row.steps]
     assert [s.name for s in undone] == [
         s.name for s in reversed(row.steps[: names.index(step) + 1]) if s.undo
     ]
+
+
+@pytest.mark.parametrize("cursor", ["ensure_cloned", "copy_rules"])
+def test_what_is_done_together_is_repeated_and_undone_together(cursor: str) -> None:
+    row = OPERATIONS["CLONE"]
+    at = replace(START, kind="CLONE", cursor=cursor)
+    assert [[s.name for s in stage] for stage in saga.remaining(row, at)] == [
+        ["ensure_cloned", "copy_rules"]
+    ]
+    assert [s.name for s in saga.to_undo(row, at)] == ["copy_rules", "ensure_cloned"]
+
+
+def test_a_step_is_sent_without_an_advance_only_as_the_record_stands() -> None:
+    row = OPERATIONS["START"]
+    at = replace(START, cursor="devices")
+    assert saga.stands_at(at, row.step("devices"), pivoted=False)
+    assert not saga.stands_at(START, row.step("devices"), pivoted=False)
+    assert not saga.stands_at(at, row.step("verify"), pivoted=False)
+    assert not saga.stands_at(replace(at, cursor="resume"), row.step("resume"), pivoted=True)
+    stuck = replace(at, state=OperationState.STUCK)
+    assert not saga.stands_at(stuck, row.step("devices"), pivoted=False)
+
+
+def test_what_is_done_together_has_no_events_and_no_pivot_in_between() -> None:
+    for row in OPERATIONS.values():
+        for stage in saga.stages(row):
+            assert not any(step.events or step.pivot for step in stage) or len(stage) == 1
+            assert len({step.cancellable for step in stage}) == 1
 
 
 def test_an_unknown_cursor_is_an_error_of_ours() -> None:

@@ -2,9 +2,9 @@
 
 Owns step names, which of them are undone, where an operation may be cancelled and the
 events of each step. Must not know what a step does (lifecycle) nor what begin and end
-change (plan.operations). Invariant: every kind of specs.KINDS has one row; the events of
-a step are those that become true by it, and go out when the next step begins or the
-operation ends.
+change (plan.operations). Invariant: every kind of specs.KINDS has one row; a begin is
+durable with its first step at the cursor; the events of a step are those that become
+true by it, and go out when the next step begins or the operation ends.
 
 The events of begin and end are in the columns `begin` and `end` as text for the reader;
 the plans make them.
@@ -34,6 +34,8 @@ class StepRow:
     undo: it has an undo, sent also where it is unknown whether the step happened.
     events: what to announce once the step is done. pivot: from this step on there is no
     way back. cancellable: a cancel that was asked for is honoured before this step.
+    beside: done at the same time as the step before it, under that one's cursor: neither
+    needs what the other leaves, and after a crash both are repeated, or both undone.
     """
 
     name: str
@@ -41,6 +43,7 @@ class StepRow:
     events: StepEvents | None = None
     pivot: bool = False
     cancellable: bool = True
+    beside: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +114,7 @@ _ROWS: tuple[OperationRow, ...] = (
     OperationRow(
         "CREATE",
         locks="the new qube",
-        steps=(StepRow("ensure", undo=True), StepRow("copy_rules", undo=True)),
+        steps=(StepRow("ensure", undo=True), StepRow("copy_rules", undo=True, beside=True)),
         end="domain-add, domain-tag-add:created-by-S, domain-create-on-disk"
         " | disposable: domain-add, domain-create-on-disk, domain-tag-add:created-by-S,"
         " domain-tag-add:disp-created-by-S | failed: nothing",
@@ -119,7 +122,7 @@ _ROWS: tuple[OperationRow, ...] = (
     OperationRow(
         "CLONE",
         locks="the new qube, the source",
-        steps=(StepRow("ensure_cloned", undo=True), StepRow("copy_rules", undo=True)),
+        steps=(StepRow("ensure_cloned", undo=True), StepRow("copy_rules", undo=True, beside=True)),
         end="domain-add, domain-tag-add:created-by-S, domain-clone-files | failed: nothing",
     ),
     OperationRow(
@@ -127,8 +130,8 @@ _ROWS: tuple[OperationRow, ...] = (
         locks="the qube",
         steps=(
             StepRow("withdraw_rules", cancellable=False),
-            StepRow("undefine", cancellable=False),
-            StepRow("remove_volumes", cancellable=False),
+            StepRow("undefine", cancellable=False, beside=True),
+            StepRow("remove_volumes", cancellable=False, beside=True),
         ),
         pivots_at_begin=True,
         begin="domain-pre-delete, domain-delete",

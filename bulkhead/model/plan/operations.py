@@ -167,10 +167,16 @@ def _activate(draft: Draft, operation: Operation, fresh: Fresh) -> Operation:
     """The turn of an operation has come. Refusals of its begin."""
     row = OPERATIONS[operation.kind]
     _check_subjects(draft, operation)
-    operation = replace(operation, state=OperationState.RUNNING, pivoted=row.pivots_at_begin)
+    # The cursor is durable with the begin: the first step needs no commit of its own.
+    operation = replace(
+        operation,
+        state=OperationState.RUNNING,
+        pivoted=row.pivots_at_begin,
+        cursor=row.steps[0].name,
+    )
     operation = _BEGINS[operation.kind](draft, operation, operation.spec, fresh)
     if operation.state is OperationState.SUCCEEDED:
-        operation = replace(operation, finished=draft.now, progress=1.0, pivoted=False)
+        operation = replace(operation, finished=draft.now, progress=1.0, pivoted=False, cursor="")
     return draft.put_operation(operation)
 
 

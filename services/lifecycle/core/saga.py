@@ -44,25 +44,42 @@ class Failure:
         return self.problem.code in TRANSIENT
 
 
-def remaining(row: OperationRow, operation: Operation) -> Sequence[StepRow]:
-    """Steps still to do, the one at the cursor included (it may not have happened)."""
-    names = [step.name for step in row.steps]
+def stages(row: OperationRow) -> Sequence[Sequence[StepRow]]:
+    """The steps in order, those that are done beside each other together."""
+    found: list[list[StepRow]] = []
+    for step in row.steps:
+        if step.beside and found:
+            found[-1].append(step)
+        else:
+            found.append([step])
+    return found
+
+
+def remaining(row: OperationRow, operation: Operation) -> Sequence[Sequence[StepRow]]:
+    """Stages still to do, the one at the cursor included (it may not have happened)."""
+    every = stages(row)
     if not operation.cursor:
-        return row.steps
-    if operation.cursor not in names:
-        raise LookupError(
-            f"operation {operation.id} stands at step {operation.cursor}, "
-            f"which {operation.kind} does not have"
-        )
-    return row.steps[names.index(operation.cursor) :]
+        return every
+    for at, stage in enumerate(every):
+        if any(step.name == operation.cursor for step in stage):
+            return every[at:]
+    raise LookupError(
+        f"operation {operation.id} stands at step {operation.cursor}, "
+        f"which {operation.kind} does not have"
+    )
 
 
 def to_undo(row: OperationRow, operation: Operation) -> Sequence[StepRow]:
-    """Steps to undo, last first, the one at the cursor included."""
+    """Steps to undo, last first, those of the stage at the cursor included.
+
+    While they are being undone the cursor is at the one under way: what is behind it in
+    the same stage may be undone twice, which undo accepts.
+    """
     if not operation.cursor:
         return ()
-    names = [step.name for step in row.steps]
-    done = row.steps[: names.index(operation.cursor) + 1]
+    every = stages(row)
+    left = len(every) - len(remaining(row, operation))
+    done = [step for stage in every[: left + 1] for step in stage]
     return tuple(step for step in reversed(done) if step.undo)
 
 
@@ -76,6 +93,15 @@ def after_failure(operation: Operation, failure: Failure) -> Move:
     if not operation.pivoted:
         return Move.COMPENSATE
     return Move.FAIL_AFTER_PIVOT if operation.kind == "START" else Move.STUCK
+
+
+def stands_at(operation: Operation, step: StepRow, *, pivoted: bool) -> bool:
+    """The step may be sent as the operation is: its cursor is durable, and so is the pivot."""
+    return (
+        operation.state is OperationState.RUNNING
+        and operation.cursor == step.name
+        and operation.pivoted == pivoted
+    )
 
 
 def may_cancel(operation: Operation, step: StepRow) -> bool:
