@@ -238,10 +238,10 @@ class Executor:
 
     # ---- submitting
 
-    async def begin(self, spec: OperationSpec, context: CallContext) -> tuple[Operation, bool, int]:
-        """Begin an operation durably: (operation, joined an existing one, revision).
+    async def started(self) -> None:
+        """Wait for the epoch, hence for the records: before, what there is looks unknown.
 
-        BusError UNAVAILABLE while there is no epoch yet: the caller asks again.
+        BusError UNAVAILABLE while there is none: the caller asks again.
         """
         try:
             await asyncio.wait_for(self._started.wait(), START_PATIENCE_S)
@@ -249,6 +249,13 @@ class Executor:
             raise BusError(
                 "UNAVAILABLE", "STARTING", "lifecycle has no epoch from the registry yet"
             ) from None
+
+    async def begin(self, spec: OperationSpec, context: CallContext) -> tuple[Operation, bool, int]:
+        """Begin an operation durably: (operation, joined an existing one, revision).
+
+        BusError UNAVAILABLE while there is no epoch yet: the caller asks again.
+        """
+        await self.started()
         request = registry_pb2.BeginRequest(
             spec=codec.spec_to_proto(spec),
             operation_id=str(uuid.uuid5(uuid.NAMESPACE_OID, f"op/{context.request_id.hex()}")),

@@ -75,6 +75,7 @@ class LifecycleHandlers:
         self, request: lifecycle_pb2.CancelSubmittedRequest, call: Call
     ) -> lifecycle_pb2.CancelSubmittedReply:
         """Ask for a cancel; honoured at the next cancel point before the pivot."""
+        await self.executor.started()
         reply = await self.executor.participants.registry.cancel_operation(
             registry_pb2.CancelOperationRequest(operation_id=request.operation_id),
             timeout=REGISTRY_TIMEOUT_S,
@@ -89,6 +90,7 @@ class LifecycleHandlers:
         self, request: lifecycle_pb2.FinishImportRequest, call: Call
     ) -> lifecycle_pb2.FinishImportReply:
         """The import's data is complete, or its writer gave up."""
+        await self.executor.started()
         known: Operation | None = self.executor.replica.view.operations.get(request.operation_id)
         operation = None
         if known is None or known.kind == "IMPORT":
