@@ -308,9 +308,7 @@ class Actions:
         except WireRefusal as refusal:
             if refusal.reason != "OUTCOME_UNKNOWN":
                 raise  # the end of a long commit is seen in the stream below
-        ended = await self._backend.operations.wait(operation.id)
-        if ended.state is not OperationState.SUCCEEDED:
-            raise OperationFailed(ended)
+        await self._backend.succeeded(operation.id)
         return ""
 
     # ---- pools

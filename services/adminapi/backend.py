@@ -38,6 +38,10 @@ R = TypeVar("R", bound=Message)
 
 # How long a change is held and repeated while a service restarts.
 HOLD_S = 10.0
+# How long the part of a change that has to reach a running qube is waited for.
+APPLY_S = 90.0
+# How long an operation may be stuck before its caller is told.
+STUCK_S = 10.0
 # How long our own replica may take to follow.
 FOLLOW_S = 10.0
 # Times that a change is planned and asked about again because something came between.
@@ -59,6 +63,10 @@ class OperationFailed(Exception):
 
 def _terminal(operation: Operation) -> bool:
     return operation.state.terminal
+
+
+def _stuck(operation: Operation) -> bool:
+    return operation.state is OperationState.STUCK
 
 
 class OperationWaits:
@@ -114,8 +122,24 @@ class OperationWaits:
         if done(operation):
             return operation
         future: asyncio.Future[Operation] = asyncio.get_running_loop().create_future()
-        self._waits.setdefault(operation_id, []).append((done, future))
-        return await future
+        wait = (done, future)
+        self._waits.setdefault(operation_id, []).append(wait)
+        try:
+            return await future
+        finally:
+            self._forget(operation_id, wait)
+
+    def _forget(
+        self,
+        operation_id: str,
+        wait: tuple[Callable[[Operation], bool], asyncio.Future[Operation]],
+    ) -> None:
+        """A wait that was given up leaves nothing behind."""
+        waits = self._waits.get(operation_id, [])
+        if wait in waits:
+            waits.remove(wait)
+            if not waits:
+                del self._waits[operation_id]
 
 
 def _lost(operation_id: str) -> WireRefusal:
@@ -221,7 +245,7 @@ class Backend:
                 if error.reason != "CHANGED_MEANWHILE" or attempt == REPLANS:
                     raise
         if reply.apply_operation:
-            await self._succeeded(reply.apply_operation)
+            await self._applied(reply.apply_operation)
         return dict(reply.result)
 
     async def operate(
@@ -254,15 +278,48 @@ class Backend:
             if begun is None:
                 raise
             operation_id = begun.id
-        return await self._succeeded(operation_id, done)
+        return await self.succeeded(operation_id, done)
 
-    async def _succeeded(
+    async def _applied(self, operation_id: str) -> None:
+        """Wait until the change has reached the qube; WireRefusal QUBE_BUSY where that has
+        to wait for long: it is durable, and goes on by itself."""
+        try:
+            await asyncio.wait_for(self.succeeded(operation_id), APPLY_S)
+        except TimeoutError:
+            raise WireRefusal(
+                "QUBE_BUSY",
+                f"the value is stored, but has not reached the running qube within {APPLY_S:.0f} s:"
+                f" another operation holds it; it will, by operation {operation_id}",
+                operation=operation_id,
+            ) from None
+
+    async def succeeded(
         self, operation_id: str, done: Callable[[Operation], bool] = _terminal
     ) -> Operation:
-        operation = await self.operations.wait(operation_id, done)
+        """The operation once it is done. OperationFailed where it ended without success,
+        WireRefusal OPERATION_STUCK where it can neither go on nor back for a while."""
+        while True:
+            operation = await self.operations.wait(operation_id, lambda o: done(o) or _stuck(o))
+            if done(operation):
+                break
+            try:
+                moved = self.operations.wait(operation_id, lambda o: not _stuck(o))
+                await asyncio.wait_for(moved, STUCK_S)
+            except TimeoutError:
+                raise self._told_stuck(operation) from None
         if operation.state.terminal and operation.state is not OperationState.SUCCEEDED:
             raise OperationFailed(operation)
         return operation
+
+    @staticmethod
+    def _told_stuck(operation: Operation) -> WireRefusal:
+        reason = operation.error.message if operation.error is not None else "no reason is known"
+        return WireRefusal(
+            "OPERATION_STUCK",
+            f"{operation.kind} is stuck: {reason}; it is tried again until the cause is gone,"
+            f" look at operation {operation.id}",
+            operation=operation.id,
+        )
 
     async def announce(self, uuid: str, boot_id: str, events: tuple[WireEvent, ...]) -> None:
         """Put events into the sequence that change no record."""

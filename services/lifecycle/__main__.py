@@ -17,6 +17,7 @@ from clients.bus import (
 from services.lifecycle.executor import Executor
 from services.lifecycle.handlers import LifecycleHandlers
 from services.lifecycle.participants import Participants
+from services.lifecycle.patience import Patience
 from services.lifecycle.steps.table import STEPS
 from services.lifecycle.watcher import Watcher
 
@@ -40,11 +41,15 @@ async def build(context: ServiceContext) -> LifecycleHandlers:
         console_dir=context.settings.log_dir / "console",
     )
     watcher = Watcher(executor)
+    patience = Patience(participants.registry, replica)
+    replica.subscribe(patience.follow)
 
     async def run() -> None:
         await replica.ready()
         await executor.start()
+        patience.start(executor.epoch)
         watcher.start()
+        context.spawn(patience.run(), "patience")
         context.spawn(watcher.run_stops(), "stops")
         context.spawn(watcher.run_unaccounted(), "unaccounted")
         context.spawn(watcher.run_pools(), "pools")

@@ -178,7 +178,9 @@ class RegistryHandlers:
             request.pivoted,
             codec.problem_from_proto(request.error) if request.HasField("error") else None,
             _events(request.events),
+            self._clock(),
             call.caller,
+            self._outside,
         )
         return await self._do(
             work,
@@ -195,6 +197,7 @@ class RegistryHandlers:
             request.operation_id,
             request.epoch,
             codec.operation_state_from_proto(request.outcome),
+            request.only_queued,
             codec.problem_from_proto(request.error) if request.HasField("error") else None,
             dict(request.result),
             _events(request.events),

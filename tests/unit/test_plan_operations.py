@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from bulkhead.model.invariants import check
-from bulkhead.model.plan import PlanRefused, plan_begin, plan_cancel, plan_end
+from bulkhead.model.plan import PlanRefused, plan_advance, plan_begin, plan_cancel, plan_end
+from bulkhead.model.plan.base import Draft, problem_of
 from bulkhead.model.plan.operation_table import OPERATIONS
 from bulkhead.model.plan.operations import _BEGINS, _ENDS
-from bulkhead.model.plan.queue import QUEUE_LIMIT
+from bulkhead.model.plan.queue import QUEUE_LIMIT, may_wait_for_ever, waited_too_long
 from bulkhead.model.records import (
     HALTED,
     Assignment,
@@ -1151,3 +1152,133 @@ def test_steps_events_of_the_end_come_last(w: World) -> None:
     assert names(w.end(begun.operation, events=(last,)).events) == of(
         "work", ["domain-unpaused", "domain-start"]
     )
+
+
+# ---- who passes whom
+
+
+def at(w: World, operation: Operation, cursor: str) -> Any:
+    """Advance an operation to that step, as lifecycle does."""
+    operation = replace(w.view.operations[operation.id], cursor=cursor)
+    plan = plan_advance(w.view, operation, now=w.time)
+    w.view.apply_all(plan.changes)
+    return plan
+
+
+_POWER: tuple[OperationSpec, ...] = (
+    PauseSpec("work"),
+    SuspendSpec("work"),
+    ShutdownSpec("work", force=True),
+)
+
+
+def test_power_calls_are_those_of_a_running_guest_and_none_pre_empts() -> None:
+    power = {kind for kind, row in OPERATIONS.items() if row.power}
+    assert power == {"PAUSE", "UNPAUSE", "SUSPEND", "RESUME", "SHUTDOWN"}
+    assert not any(OPERATIONS[kind].pre_empts for kind in power)
+    waits = {(k, s.name) for k, row in OPERATIONS.items() for s in row.steps if s.only_waits}
+    assert waits == {("START", "daemons"), ("SHUTDOWN", "stopped")}
+
+
+@pytest.mark.parametrize("spec", _POWER)
+def test_power_calls_pass_a_shutdown_that_waits_for_its_guest(
+    w: World, spec: OperationSpec
+) -> None:
+    w.start("work")
+    shutdown = w.begin(ShutdownSpec("work", wait=True)).operation
+    at(w, shutdown, "stopped")
+    removal = w.begin(RemoveSpec("work")).operation
+    assert removal.state is OperationState.QUEUED
+    passed = w.begin(spec).operation
+    assert passed.state is OperationState.RUNNING
+    assert not check(w.view)
+    # What needs the qube for itself goes on waiting, also once the passer has ended.
+    assert w.end(passed).promoted == ()
+    assert w.qube("work").run.phase is Phase.STOPPING
+    assert w.view.operations[removal.id].state is OperationState.QUEUED
+
+
+def test_unpause_and_resume_pass_it_too(w: World) -> None:
+    w.start("work")
+    at(w, w.begin(ShutdownSpec("work", wait=True)).operation, "stopped")
+    w.end(w.begin(PauseSpec("work")).operation)
+    w.power("work", "paused")
+    unpause = w.begin(UnpauseSpec("work")).operation
+    assert unpause.state is OperationState.RUNNING
+    # They wait for each other, though.
+    resume = w.begin(ResumeSpec("work")).operation
+    assert resume.state is OperationState.QUEUED
+    assert [(o.id, o.state) for o in w.end(unpause).promoted] == [
+        (resume.id, OperationState.RUNNING)
+    ]
+
+
+def test_power_calls_that_came_earlier_begin_when_the_shutdown_only_waits(w: World) -> None:
+    w.start("work")
+    shutdown = w.begin(ShutdownSpec("work", wait=True)).operation
+    at(w, shutdown, "shutdown")
+    removal = w.begin(RemoveSpec("work")).operation
+    pause = w.begin(PauseSpec("work")).operation
+    assert pause.state is OperationState.QUEUED
+    plan = at(w, shutdown, "stopped")
+    assert w.view.operations[pause.id].state is OperationState.RUNNING
+    assert w.view.operations[removal.id].state is OperationState.QUEUED
+    assert names(plan.events) == ["work:domain-pre-paused"]
+
+
+def test_a_guest_without_its_agent_can_be_shut_down_while_it_starts(w: World) -> None:
+    start = w.begin(StartSpec("work")).operation
+    shutdown = w.begin(ShutdownSpec("work")).operation
+    assert shutdown.state is OperationState.QUEUED
+    at(w, start, "resume")
+    assert w.view.operations[shutdown.id].state is OperationState.QUEUED
+    at(w, start, "daemons")
+    assert w.view.operations[shutdown.id].state is OperationState.RUNNING
+    assert w.qube("work").run.phase is Phase.STOPPING
+    # The guest does not obey, and its agent comes after all.
+    w.end(w.view.operations[shutdown.id])
+    w.end(w.view.operations[start.id])
+    assert w.qube("work").run.phase is Phase.UP
+    assert not check(w.view)
+
+
+@pytest.mark.parametrize(
+    "spec", [ResizeSpec("work", "private", 2**32), RemoveSpec("work"), RevertSpec("work", "root")]
+)
+def test_all_else_waits_for_a_shutdown_that_waits(w: World, spec: OperationSpec) -> None:
+    w.start("work")
+    at(w, w.begin(ShutdownSpec("work", wait=True)).operation, "stopped")
+    assert w.begin(spec).operation.state is OperationState.QUEUED
+
+
+def test_who_waited_too_long_is_told_for_whom(w: World) -> None:
+    holder = w.begin(ResizeSpec("work", "private", 2**32)).operation
+    w.begin(RevertSpec("work", "private"))
+    late = w.begin(CloneVolumeSpec("vault", "private", "work", "private")).operation
+    refusal = waited_too_long(Draft(w.view), late, 60.0)
+    assert refusal.reason == "QUBE_BUSY"
+    assert refusal.metadata == {"qube": "work", "operation": holder.id, "kind": "RESIZE"}
+    assert "RESIZE" in refusal.message and "60 s" in refusal.message
+    ended = w.end(late, FAILED, error=problem_of(refusal))
+    assert ended.operation.error == problem_of(refusal)
+    assert ended.events == () and ended.promoted == ()
+    assert w.view.operations[holder.id].state is OperationState.RUNNING
+
+
+def test_what_nobody_would_ask_for_again_waits_as_long_as_it_takes(w: World) -> None:
+    boot = w.start("work")
+    w.begin(ResizeSpec("work", "private", 2**32))
+    apply = w.begin(ApplySpec(w.qube("work").uuid, boot, 1)).operation
+    pause = w.begin(PauseSpec("work")).operation
+    assert (apply.state, pause.state) == (OperationState.QUEUED, OperationState.QUEUED)
+    assert may_wait_for_ever(apply)
+    assert not may_wait_for_ever(pause)
+    # A follow-up, too: nobody else removes a disposable that has stopped.
+    disp = w.create("disp7", "DispVM", template="dvm")
+    w.set("disp7", "auto_cleanup", "True")
+    boot = w.start("disp7")
+    w.begin(ResizeSpec("disp7", "private", 2**33))
+    stopped = w.begin(StoppedSpec(disp.uuid, boot)).operation
+    removal = w.end(stopped).follow_up
+    assert removal is not None and removal.state is OperationState.QUEUED
+    assert may_wait_for_ever(removal)

@@ -32,6 +32,7 @@ class StepRow:
     """One step.
 
     undo: it has an undo, sent also where it is unknown whether the step happened.
+    only_waits: it does no more than wait for the guest, so power calls go on meanwhile.
     events: what to announce once the step is done. pivot: from this step on there is no
     way back. cancellable: a cancel that was asked for is honoured before this step.
     beside: done at the same time as the step before it, under that one's cursor: neither
@@ -40,6 +41,7 @@ class StepRow:
 
     name: str
     undo: bool = False
+    only_waits: bool = False
     events: StepEvents | None = None
     pivot: bool = False
     cancellable: bool = True
@@ -52,6 +54,9 @@ class OperationRow:
 
     locks: what it holds while it is not finished. pivots_at_begin: its begin is the
     pivot, it can only go forward. pre_empts: begins although others hold the qube.
+    power: a power call of a running guest: begins although others hold the qube that only
+    wait for the guest. patient: waits for its turn without a limit of time, since somebody
+    relies on its being done.
     begin, end: events of the plans, in order, "|" between alternatives.
     """
 
@@ -60,6 +65,8 @@ class OperationRow:
     steps: tuple[StepRow, ...]
     pivots_at_begin: bool = False
     pre_empts: bool = False
+    power: bool = False
+    patient: bool = False
     begin: str = ""
     end: str = ""
 
@@ -153,7 +160,8 @@ _ROWS: tuple[OperationRow, ...] = (
             # The guest is about to run: announced when the step before it is done.
             StepRow("firewall", undo=True, events=_pre_unpaused),
             StepRow("resume", events=_unpaused, pivot=True),
-            StepRow("daemons", cancellable=False),
+            # Until the guest's agent has connected, or does not in time.
+            StepRow("daemons", cancellable=False, only_waits=True),
             StepRow("agent", cancellable=False),
         ),
         begin="domain-pre-start | refused: [domain-pre-start,] domain-start-failed",
@@ -180,7 +188,8 @@ _ROWS: tuple[OperationRow, ...] = (
         locks="the qube",
         # stopped: with wait, until the STOPPED operation of this boot has ended; without
         # wait nothing.
-        steps=(StepRow("shutdown"), StepRow("stopped")),
+        steps=(StepRow("shutdown"), StepRow("stopped", only_waits=True)),
+        power=True,
         begin="domain-pre-shutdown | refused: domain-pre-shutdown, domain-shutdown-failed",
         end="failed: domain-shutdown-failed",
     ),
@@ -196,6 +205,7 @@ _ROWS: tuple[OperationRow, ...] = (
         "PAUSE",
         locks="the qube",
         steps=(StepRow("pause"),),
+        power=True,
         begin="domain-pre-paused",
         end="domain-paused",
     ),
@@ -203,6 +213,7 @@ _ROWS: tuple[OperationRow, ...] = (
         "UNPAUSE",
         locks="the qube",
         steps=(StepRow("unpause"),),
+        power=True,
         begin="domain-pre-unpaused",
         end="domain-unpaused",
     ),
@@ -210,12 +221,14 @@ _ROWS: tuple[OperationRow, ...] = (
         "SUSPEND",
         locks="the qube",
         steps=(StepRow("suspend"),),
+        power=True,
         end="paused instead: domain-pre-paused, domain-paused",
     ),
     OperationRow(
         "RESUME",
         locks="the qube",
         steps=(StepRow("wake"),),
+        power=True,
         begin="paused: domain-pre-unpaused",
         end="suspended: domain-resumed | paused: domain-unpaused",
     ),
@@ -244,7 +257,7 @@ _ROWS: tuple[OperationRow, ...] = (
         ),
         end="domain-volume-import-end",
     ),
-    OperationRow("APPLY", locks="the qube", steps=(StepRow("apply"),)),
+    OperationRow("APPLY", locks="the qube", steps=(StepRow("apply"),), patient=True),
     OperationRow(
         "ATTACH",
         locks="the qube",

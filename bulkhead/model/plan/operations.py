@@ -18,6 +18,7 @@ from bulkhead.model.plan.base import (
     BeginPlan,
     Draft,
     EndPlan,
+    Plan,
     PlanRefused,
     need_qube,
     problem_of,
@@ -25,9 +26,11 @@ from bulkhead.model.plan.base import (
 from bulkhead.model.plan.creation import Fresh
 from bulkhead.model.plan.operation_table import OPERATIONS
 from bulkhead.model.plan.queue import (
+    FOLLOWS,
     blockers,
     may_run,
     next_place,
+    only_waits,
     refuse_behind_import,
     waiting,
 )
@@ -156,9 +159,8 @@ def _begin(
         if not ahead:  # a follow-up that was refused would be lost
             refuse_behind_import(draft, operation, held_by)
         place = next_place(draft, operation, held_by)
-        operation = replace(
-            operation, state=OperationState.QUEUED, data={**operation.data, "place": place}
-        )
+        data = {**operation.data, "place": place, **({FOLLOWS: "1"} if ahead else {})}
+        operation = replace(operation, state=OperationState.QUEUED, data=data)
         return draft.put_operation(operation), False
     return _activate(draft, operation, fresh), False
 
@@ -281,6 +283,31 @@ def _joined(draft: Draft, spec: OperationSpec, subjects: tuple[str, ...]) -> Ope
             case _:
                 pass
     return None
+
+
+# ---- advance
+
+
+def plan_advance(
+    view: View,
+    operation: Operation,
+    *,
+    now: float,
+    events: Iterable[WireEvent] = (),
+    random: Callable[[int], int] = creation._no_random,
+    recent_dispids: Container[int] = (),
+) -> Plan:
+    """The operation as its step leaves it; events: those of the step before.
+
+    Where it does no more than wait for the guest from now on, power calls that waited
+    for it begin.
+    """
+    draft = Draft(view, source=operation.source, now=now)
+    draft.emit(*events)
+    draft.put_operation(operation)
+    if only_waits(operation):
+        _promote(draft, operation.subjects, random, recent_dispids)
+    return draft.plan()
 
 
 # ---- end

@@ -1,9 +1,10 @@
 """Who holds a qube, who waits, and who is next.
 
 Owns the locking rules of operations. Must not know what an operation does. Invariant: a
-subject has at most one holder, apart from operations that pre-empt; those that wait run
-in the order in which they asked, each only once all its subjects are free; nobody waits
-behind an import whose data may never come.
+subject has at most one holder, apart from operations that pre-empt and from those that
+only wait for a guest, which power calls pass; those that wait run in the order in which
+they asked, each only once all its subjects are free; nobody waits behind an import whose
+data may never come, and nobody whose caller waits does so without a limit of time.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from bulkhead.model.records import Operation, OperationState
 from bulkhead.model.refusal import Refusal
 
 QUEUE_LIMIT = 8  # operations that may wait for one subject
+QUEUE_WAIT_S = 60.0  # how long an operation may wait for its turn
+# Mark of a follow-up: nobody would ask for it a second time, so it waits without a limit.
+FOLLOWS = "follows"
 
 
 def blockers(draft: Draft, operation: Operation, *, ahead: bool = False) -> list[Operation]:
@@ -23,14 +27,61 @@ def blockers(draft: Draft, operation: Operation, *, ahead: bool = False) -> list
 
     ahead: it goes before those that wait (a follow-up of what has just ended).
     """
-    if OPERATIONS[operation.kind].pre_empts:
+    row = OPERATIONS[operation.kind]
+    if row.pre_empts:
         return []
-    return [
-        other
-        for subject in operation.subjects
-        for other in draft.operations_on(subject)
-        if other.id != operation.id and not (ahead and other.state is OperationState.QUEUED)
-    ]
+    found: list[Operation] = []
+    for subject in operation.subjects:
+        others = [
+            other
+            for other in draft.operations_on(subject)
+            if other.id != operation.id and not (ahead and other.state is OperationState.QUEUED)
+        ]
+        found.extend(_not_passed(others) if row.power else others)
+    return found
+
+
+def _not_passed(others: list[Operation]) -> list[Operation]:
+    """Of those on a subject: whom a power call has to wait for.
+
+    Where every holder only waits for the guest it passes them all, and those that wait
+    behind them: these could not run now anyway.
+    """
+    in_the_way = [o for o in others if not only_waits(o)]
+    if len(in_the_way) < len(others) and all(o.state is OperationState.QUEUED for o in in_the_way):
+        return []
+    return in_the_way
+
+
+def only_waits(operation: Operation) -> bool:
+    """Its present step does no more than wait for the guest."""
+    if operation.state is not OperationState.RUNNING or not operation.cursor:
+        return False
+    return OPERATIONS[operation.kind].step(operation.cursor).only_waits
+
+
+def may_wait_for_ever(operation: Operation) -> bool:
+    """Its turn has no limit of time: nobody would ask for it again."""
+    return OPERATIONS[operation.kind].patient or FOLLOWS in operation.data
+
+
+def waited_too_long(draft: Draft, operation: Operation, seconds: float) -> Refusal:
+    """The refusal of an operation that is still QUEUED after so long; names the holder."""
+    waits_for = blockers(draft, operation)
+    holder = next((o for o in waits_for if o.state is not OperationState.QUEUED), None)
+    if holder is None:
+        holder = waits_for[0] if waits_for else operation
+    subject = next((s for s in operation.subjects if s in holder.subjects), operation.subjects[0])
+    qube = draft.find(subject)
+    name = qube.name if qube is not None else subject
+    return Refusal(
+        "QUBE_BUSY",
+        f"'{name}' is busy with {holder.kind} ({holder.id}); {operation.kind} waited"
+        f" {seconds:.0f} s for its turn and was not begun; try again later",
+        qube=name,
+        operation=holder.id,
+        kind=holder.kind,
+    )
 
 
 def refuse_behind_import(draft: Draft, operation: Operation, waits_for: list[Operation]) -> None:

@@ -24,6 +24,7 @@ _ROWS = (
     Reason("SUSPEND_FAILED", "FAILED_PRECONDITION", "some qubes did not suspend or resume"),
     Reason("NOTHING_CHANGED", "UNAVAILABLE", "a part is down; the call had no effect"),
     Reason("OUTCOME_UNKNOWN", "UNKNOWN", "a part went down while the call was under way"),
+    Reason("OPERATION_STUCK", "UNKNOWN", "it can neither go on nor back; it is tried again"),
     Reason("READER_TOO_SLOW", "RESOURCE_EXHAUSTED", "a stream's reader fell too far behind"),
     Reason("TOO_MANY_STREAMS", "RESOURCE_EXHAUSTED", "no further stream can be served"),
     Reason("TOO_MANY_CONNECTIONS", "RESOURCE_EXHAUSTED", "no further connection can be served"),

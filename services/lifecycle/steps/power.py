@@ -15,7 +15,7 @@ from bulkhead.bus.errors import BusError
 from bulkhead.model.evaluate import evaluate, is_running
 from bulkhead.model.features import truthy
 from bulkhead.model.power import current_power
-from bulkhead.model.records import Phase, Problem
+from bulkhead.model.records import OperationState, Phase, Problem
 from bulkhead.model.specs import ShutdownSpec
 from services.lifecycle.core import boot, guest_keys
 from services.lifecycle.executor import Outcome, StepContext, StepFailed
@@ -130,6 +130,17 @@ class Stopped(_Forward):
             limit = asyncio.get_running_loop().time() + seconds
         boot_of = boot_id(context)
         while True:
+            asked = context.view.operations.get(context.operation.id)
+            if limit is not None and asked is not None and asked.cancel_requested:
+                raise StepFailed(
+                    Problem(
+                        "CANCELLED",
+                        "CANCELLED",
+                        f"waiting for {qube.name} to stop was cancelled; it was asked to stop",
+                        {"qube": qube.name},
+                    )
+                )
+            _check_stop(context, qube.uuid, boot_of)
             now = context.view.by_uuid_any(qube.uuid)
             if now is None or now.run.phase is Phase.HALTED or now.run.boot_id != boot_of:
                 return Outcome()
@@ -147,6 +158,18 @@ class Stopped(_Forward):
                         )
                     )
             await context.executor.changed(left)
+
+
+def _check_stop(context: StepContext, uuid: str, boot_of: str) -> None:
+    """StepFailed where the stop that is waited for is stuck: whoever waits is told why."""
+    for other in context.view.operations_on(uuid):
+        if (
+            other.kind == "STOPPED"
+            and other.state is OperationState.STUCK
+            and other.data.get("boot_id") == boot_of
+            and other.error is not None
+        ):
+            raise StepFailed(other.error)
 
 
 class Destroy(_Forward):

@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 
 from bulkhead.model.plan.base import Plan, PlanRefused
 from bulkhead.model.plan.mutation import plan_mutation, plan_preload
-from bulkhead.model.plan.operations import plan_begin, plan_cancel, plan_end
+from bulkhead.model.plan.operations import plan_advance, plan_begin, plan_cancel, plan_end
 from bulkhead.model.records import (
     Change,
     Fact,
     Operation,
-    OperationPut,
     OperationRemoved,
     OperationState,
     Problem,
@@ -231,7 +230,9 @@ class Advance:
     pivoted: bool
     error: Problem | None
     events: tuple[WireEvent, ...]
+    now: float
     caller: str
+    outside: Outside
 
     def plan(self, view: View, now: Numbers) -> Planned:
         operations.check_epoch(self.epoch, now.epoch)
@@ -247,7 +248,15 @@ class Advance:
             pivoted=self.pivoted,
             error=self.error,
         )
-        return Planned((OperationPut(operation),), self.events, answer=operation)
+        plan = plan_advance(
+            view,
+            operation,
+            now=self.now,
+            events=self.events,
+            random=self.outside.random,
+            recent_dispids=self.outside.recent_dispids,
+        )
+        return Planned(plan.changes, plan.events, answer=operation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,11 +269,12 @@ class EndAnswer:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """Finish and publish."""
+    """Finish and publish. only_queued: unless its turn has come meanwhile."""
 
     operation_id: str
     epoch: int
     outcome: OperationState
+    only_queued: bool
     error: Problem | None
     result: Mapping[str, str]
     events: tuple[WireEvent, ...]
@@ -282,6 +292,13 @@ class End:
             # Ended before, and the answer was lost with its asker.
             return Planned(durable=False, answer=EndAnswer(operation))
         operations.unfinished(view, self.operation_id)
+        if self.only_queued and operation.state is not OperationState.QUEUED:
+            raise Refusal(
+                "WRONG_OPERATION_STATE",
+                f"Operation {operation.id} does not wait any more: it is {operation.state.value}",
+                operation=operation.id,
+                state=operation.state.value,
+            )
         if not self.outcome.terminal:
             raise Refusal(
                 "PROTOCOL",
