@@ -101,6 +101,7 @@ _ROWS: tuple[Reason, ...] = (
     Reason("DEVICE_UNKNOWN", "NOT_FOUND", "no such device is present"),
     Reason("DEVICE_DENIED", "PERMISSION_DENIED", "an interface is on the denied list"),
     Reason("INVALID_DEVICE", "INVALID_ARGUMENT", "a device argument breaks the rules"),
+    Reason("DEVICE_NOT_PLUGGABLE", "FAILED_PRECONDITION", "not attachable to a running qube"),
     Reason("INVALID_ASSIGNMENT_MODE", "INVALID_ARGUMENT", "not required, ask- or auto-attach"),
     Reason("INVALID_NOTES", "INVALID_ARGUMENT", "notes are not UTF-8 or too long"),
     Reason("INVALID_RULE", "INVALID_ARGUMENT", "a firewall rule breaks the grammar"),

@@ -99,7 +99,7 @@ class Actions:
         qube = request.dest
         if qube.klass == "AdminVM":
             return ""
-        if power_state(self._backend.view, qube) not in ("Running", "Transient"):
+        if power_state(self._backend.view, qube) not in _RUNNING:
             raise Refusal("QUBE_NOT_RUNNING", f"{qube.name} is not running", qube=qube.name)
         if qube.klass == "RemoteVM":
             raise Refusal("QUBE_ERROR", f"{qube.name} has no console here", qube=qube.name)
@@ -283,6 +283,8 @@ class Actions:
 
     async def import_end(self, request: Checked) -> str:
         """`ok` keeps the data, `fail\\nREASON` discards them."""
+        if request.dest.volume(request.arg) is None:
+            raise Refusal("PROTOCOL", f"{request.dest.name} has no volume {request.arg}")
         word, _, untrusted_reason = ascii_text(request.untrusted_payload).partition("\n")
         if word not in ("ok", "fail"):
             raise Refusal("PROTOCOL", "the payload of ImportEnd is ok or fail and a reason")

@@ -229,7 +229,7 @@ class Pool:
         elif not announced and (
             preload.vacancy(self._view, template) or preload.excess(self._view, template)
         ):
-            event = events.preload_start(template, reason, delay)
+            event = events.preload_start(template, reason, delay or None)
             self._spawn(self._announce(template, event), f"announce {template.name}")
         handle = loop.call_at(when, self._fire, template.uuid, reason)
         self._due[template.uuid] = (when, handle)
@@ -240,8 +240,8 @@ class Pool:
 
     async def request(self, template: Qube, reason: str) -> None:
         """Fill now and wait for the end; the first failure is raised."""
-        preload.check_supported(self._view, template)
         await self._announce(template, events.preload_start(template, reason))
+        preload.check_supported(self._view, template)
         await self.fill(template.uuid, reason)
 
     async def fill(self, identity: str, reason: str) -> None:

@@ -308,6 +308,8 @@ def volumes(r: Script) -> None:
     r.c("vol.Revert", "vol", "private", "a b", want="ProtocolError")
     r.c("vol.Revert", "vol", "private", "\u00e9", want="!")
     r.c("vol.Revert", "vol", "private", "", want="ProtocolError")
+    r.c("vol.Revert", "vol", "private", " \n", want=REFUSED)
+    r.c("vol.ListSnapshots", "vol", "private", want="=3\n")
     r.c("vol.Revert", "vol", "root", "1", want=REFUSED)
     r.c("vol.Revert", "vol", "nosuch", "1", want="PermissionDenied")
     # Set.*
@@ -399,6 +401,7 @@ def volumes(r: Script) -> None:
     )
     r.c("vol.Info", "vol", "private", want="~.*\nsize=4096\n.*")
     r.c(end, "vol", "private", "ok", want=REFUSED, internal=True)
+    r.c(end, "vol", "nosuch", "ok", want="ProtocolError", internal=True)
     r.c(begin, "vol", "root", want=REFUSED, internal=True)
     # Running
     r.c("vm.Start", "vol")
@@ -435,9 +438,13 @@ def pools(r: Script) -> None:
         f"dir_path={base}/p1\n",
         f"name=a/b\ndir_path={base}/p1\n",
         f"name=p1\ndir_path={base}/p1\nnosuch=1\n",
+        f"name=p1\ndir_path={base}/p1\nephemeral_volatile=yes\n",
+        f"name=p1\ndir_path={base}/p1\nrevisions_to_keep=x\n",
     ):
         want = "ProtocolError" if bad != "name=p1" else "QubesException"
         r.c(add, arg="file-reflink", payload=bad, want=want)
+    many = f"name=p1\ndir_path={base}/p1\nrevisions_to_keep=2\n"
+    r.c(add, arg="file", payload=many, want=REFUSED)
     r.c(add, arg="nosuch", payload="name=p1\n", want="PermissionDenied")
     r.c(add, arg="", payload="name=p1\n", want="ProtocolError")
     r.c(add, "tmpl", "file-reflink", "name=p1\n", want="ProtocolError")
@@ -478,6 +485,15 @@ def pools(r: Script) -> None:
         want=f"~dir_path={base}/p2\ndriver=file\nephemeral_volatile=True\n"
         "name=p2\nrevisions_to_keep=0\nsize=\\d+\nusage=\\d+\nincluded_in=varlibqubes\n",
     )
+    r.c("pool.Set.revisions_to_keep", arg="p2", payload="2", want=REFUSED)
+    r.c(add, arg="file-reflink", payload=f"name=p3\ndir_path={base}/p3\nsetup_check=False\n")
+    shown = f"~dir_path={base}/p3\ndriver=file-reflink\nephemeral_volatile=False\nname=p3\n"
+    r.c("pool.Info", arg="p3", want=shown + "revisions_to_keep=1\nsize=.*")
+    r.c("pool.Remove", arg="p3")
+    r.events("all", *[f":pool-{what} pool=p3" for what in ("add", "pre-delete", "delete")])
+    for klass in ("AppVM", "StandaloneVM", "RemoteVM"):
+        text = "name=x1 label=red pool=nosuch"
+        r.c(f"vm.CreateInPool.{klass}", payload=text, want="QubesException")
     r.c("pool.List", want="=varlibqubes\nlinux-kernel\np1\np2\n")
     r.c("pool.Set.revisions_to_keep", arg="p1", payload="3")
     r.c("pool.Set.revisions_to_keep", arg="p1", payload="-1")
@@ -612,6 +628,7 @@ def power(r: Script) -> None:
     r.c("vm.Pause", "app")
     r.events("all", "app:domain-pre-paused", "app:domain-paused", until="app:domain-paused")
     state(r, "app", "Paused")
+    r.c("vm.Console", "app", want="~.+")
     r.c("vm.Start", "app")
     r.c("vm.Shutdown", "app", want="QubesVMNotRunningError")
     r.c("vm.Shutdown", "app", "wait", want="QubesVMNotRunningError")
@@ -1054,7 +1071,7 @@ def disposables(r: Script) -> None:
     r.c("vm.Remove", "{d3}")
     r.forget("all")
     r.c(dispose, "dvm", "preload", want="QubesValueError")  # no agent that could tell
-    r.events("all")
+    r.events("all", "dvm:domain-preload-dispvm-start reason=*")
     r.c("prop.Set", "dvm", "template_for_dispvms", "False", want="QubesVMInUseError")
     r.c("sys.Set", arg="default_dispvm", payload="")
     # One that may not start does not stay

@@ -199,7 +199,7 @@ def test_pool_choices(w: World) -> None:
     w.create("one", pools={"private": "fast"})
     assert [v.pool for v in w.qube("one").volumes][1:3] == ["fast", "varlibqubes"]
     for more, reason in (
-        ({"pool": "nosuch"}, "VOLUME_CREATE_REFUSED"),
+        ({"pool": "nosuch"}, "POOL_NOT_FOUND"),
         ({"pool": "linux-kernel"}, "VOLUME_CREATE_REFUSED"),
         ({"pools": {"root": "fast"}}, "VOLUME_CREATE_REFUSED"),
         ({"pools": {"nosuch": "fast"}}, "VOLUME_CREATE_REFUSED"),

@@ -27,6 +27,7 @@ from bulkhead.model.plan.tags import CREATED_BY, add_created_by
 from bulkhead.model.plan.volumes import (
     inherited_volume,
     need_halted,
+    need_pool,
     new_volumes,
     volumes_of_template,
 )
@@ -126,6 +127,8 @@ def begin_create(draft: Draft, operation: Operation, spec: CreateSpec, fresh: Fr
     label = _label(view, spec, template)
     if spec.pool and spec.pools:
         raise Refusal("PROTOCOL", "A pool for all volumes and pools for single ones exclude")
+    for pool in filter(None, (spec.pool, *spec.pools.values())):
+        need_pool(view, pool)  # also of a class that has no volumes to put there
     if spec.preload and template is not None:
         _check_vacancy(view, template)
     record = _new_record(draft, spec, template, label, fresh)

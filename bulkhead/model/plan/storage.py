@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from bulkhead.model import events
+from bulkhead.model.defaults import default_revisions
 from bulkhead.model.devices import UNKNOWN_INTERFACE, is_known, matching
 from bulkhead.model.evaluate import evaluate, feature
-from bulkhead.model.grammar import check_pool_name, check_revision
+from bulkhead.model.grammar import check_pool_name, check_revision, shown
 from bulkhead.model.plan.base import Draft, need_qube
 from bulkhead.model.plan.creation import Fresh
 from bulkhead.model.plan.devices import (
@@ -32,6 +33,7 @@ from bulkhead.model.plan.volumes import (
     need_halted,
     need_pool,
     need_volume,
+    revisions_limit,
 )
 from bulkhead.model.properties import STANDALONE, SYSTEM_ROWS
 from bulkhead.model.records import (
@@ -64,6 +66,8 @@ from bulkhead.model.view import View
 SIZE_LIMIT = 2**63 - 1
 # In the data of a CLONE_VOLUME whose target keeps nothing: no step copies anything.
 NOTHING_COPIED = "nothing_copied"
+# Booleans of a new pool; Set knows more words, and writes the first of these.
+_POOL_WORDS = frozenset({"True", "1", "on", "False", "0", "off", ""})
 _OPTION = "option/"  # of the disk, in the data of an operation
 
 
@@ -238,6 +242,19 @@ def begin_pool_add(
     name = check_pool_name(spec.pool.name)
     if name in draft.view.pools:
         raise Refusal("POOL_IN_USE", f"Pool exists already: {name}", pool=name)
+    if default_revisions(spec.pool) > revisions_limit(spec.pool):
+        number = spec.pool.options.get("revisions_to_keep", "")
+        raise Refusal(
+            "INVALID_POOL", f"Pool {name} cannot keep {number} revisions", pool=name, value=number
+        )
+    word = spec.pool.options.get("ephemeral_volatile", "")
+    if word not in _POOL_WORDS:
+        raise Refusal(
+            "INVALID_POOL",
+            f"Pool {name}: ephemeral_volatile is '{shown(word)}', use True or False",
+            pool=name,
+            value=shown(word),
+        )
     return operation
 
 
@@ -394,8 +411,14 @@ def begin_attach(draft: Draft, operation: Operation, spec: AttachSpec, fresh: Fr
         raise Refusal(
             "QUBE_NOT_RUNNING", f"Backend '{backend.name}' does not run", qube=backend.name
         )
-    if device.devclass == "block":
-        options = _block_options(view, qube, device, fact, options)
+    if device.devclass != "block":
+        raise Refusal(
+            "DEVICE_NOT_PLUGGABLE",
+            f"A {device.devclass} device cannot be attached to the running '{qube.name}':"
+            " assign it as required and start the qube anew",
+            qube=qube.name,
+        )
+    options = _block_options(view, qube, device, fact, options)
     return replace(
         operation,
         data={

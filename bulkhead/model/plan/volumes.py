@@ -28,6 +28,8 @@ from bulkhead.model.specs import SetPool, SetVolume
 from bulkhead.model.view import View
 
 KERNEL_DRIVER = "linux-kernel"
+FILE_DRIVER = "file"
+REVISIONS_LIMIT = 2**31 - 1
 _POOL_REMOVALS = frozenset({"POOL_REMOVE"})
 
 
@@ -274,7 +276,7 @@ def _with_revisions(view: View, qube: Qube, volume: Volume, number: int) -> Volu
             qube=qube.name,
             volume=volume.name,
         )
-    if pool is not None and pool.driver == "file" and number > 1:
+    if pool is not None and number > revisions_limit(pool):
         raise Refusal(
             "VOLUME_REFUSED",
             f"Pool {pool.name} keeps one revision at most",
@@ -306,6 +308,11 @@ def need_pool(view: View, name: str) -> Pool:
     return pool
 
 
+def revisions_limit(pool: Pool) -> int:
+    """How many revisions the pool's driver keeps at most."""
+    return 1 if pool.driver == FILE_DRIVER else REVISIONS_LIMIT
+
+
 def set_pool(draft: Draft, command: SetPool) -> None:
     """Change one setting of a pool; existing volumes keep their own."""
     pool = need_pool(draft.view, command.pool)
@@ -319,7 +326,7 @@ def set_pool(draft: Draft, command: SetPool) -> None:
     options = dict(pool.options)
     number = command.revisions_to_keep
     if number is not None:
-        if number < -1 or (pool.driver == "file" and number > 1):
+        if not -1 <= number <= revisions_limit(pool):
             raise Refusal(
                 "INVALID_POOL",
                 f"Pool {pool.name} cannot keep {number} revisions",

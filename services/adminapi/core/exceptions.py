@@ -82,6 +82,7 @@ _MODEL: Mapping[str, str] = {
     "DEVICE_ALREADY_ATTACHED": "DeviceAlreadyAttached",
     "DEVICE_UNKNOWN": _PROTOCOL,
     "DEVICE_DENIED": _DENIED,
+    "DEVICE_NOT_PLUGGABLE": _GENERIC,
     "INVALID_DEVICE": _PROTOCOL,
     "INVALID_ASSIGNMENT_MODE": "QubesUnrecognizedDeviceAssignmentMode",
     "INVALID_NOTES": _PROTOCOL,
@@ -164,7 +165,7 @@ _OTHERS: Mapping[str, str] = {
     "DOMAIN_NOT_FOUND": "QubesVMNotStartedError",
     "INVALID_GUEST_KEY": _VALUE,
     "MEMORY_MANAGER_FAILED": "QubesMemoryError",
-    "AGENT_NOT_CONNECTED": "QubesVMNotRunningError",
+    "AGENT_NOT_CONNECTED": _QUBE,
     "EPOCH_UNKNOWN": _GENERIC,
     # firewall
     "RULES_UNREADABLE": _GENERIC,

@@ -87,6 +87,7 @@ def info(pool: Pool | None, volume: Volume, live: Live | None) -> str:
 def pool_info(pool: Pool, config: Mapping[str, str], fact: PoolFact | None) -> str:
     """The reply of pool.Info: configuration by key, then size, usage, included_in."""
     merged = {**pool.options, **config, "name": pool.name, "driver": pool.driver}
+    merged.pop("setup_check", None)  # what the set-up looks at is no setting of the pool
     lines = [f"{key}={merged[key]}\n" for key in sorted(merged)]
     if fact is not None:
         if fact.size is not None:

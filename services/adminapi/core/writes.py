@@ -258,6 +258,8 @@ def volume_revert(_context: ReadContext, request: Checked) -> Wanted:
     """Back to a revision."""
     volume = find_volume(request.dest, request.arg)
     revision = check_revision(ascii_text(request.untrusted_payload))
+    if not revision:  # to storage that is the newest one, which nobody has asked for
+        raise Refusal("REVISION_NOT_FOUND", f"volume {volume.name} has no revision without a name")
     return specs.RevertSpec(request.dest.name, volume.name, revision)
 
 

@@ -31,9 +31,9 @@ THRESHOLD = "preload-dispvm-threshold"
 INTERNAL = "internal"
 
 DEFAULT_DELAY_S = 3.0
-GAP_DELAY_S = 5.0
-SHUTDOWN_DELAY_S = 4.0
-PROPERTY_DELAY_S = 30.0
+GAP_DELAY_S = 5
+SHUTDOWN_DELAY_S = 4
+PROPERTY_DELAY_S = 30
 
 RUNNING_SERVICE = "qubes.WaitForRunningSystem"
 SESSION_SERVICE = "qubes.WaitForSession"
@@ -261,7 +261,7 @@ class Trigger:
 
     template: str
     reason: str
-    delay: float = 0.0
+    delay: float = 0
     refresh: bool = False
     anew: bool = False
 
