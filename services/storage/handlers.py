@@ -196,6 +196,49 @@ class StorageHandlers:
             lambda cancel: function(driver, cancel),
         )
 
+    async def _each(
+        self,
+        call: Call,
+        items: Sequence[Spec],
+        verb: str,
+        function: Callable[[Driver, Volume], _T],
+    ) -> list[_T]:
+        """function(driver, volume) of every item in order, those of one pool in one thread.
+
+        For what takes no time worth a thread each. Every item's turn comes, then the first
+        failure, if any.
+        """
+        pools: dict[str, list[int]] = {}
+        for number, item in enumerate(items):
+            pools.setdefault(item.pool.name, []).append(number)
+        results: dict[int, _T] = {}
+
+        async def of_pool(numbers: Sequence[int]) -> None:
+            driver = open_pool(items[numbers[0]].pool)
+
+            def work(_: Cancel) -> None:
+                failed: Exception | None = None
+                for number in numbers:
+                    try:
+                        results[number] = function(driver, items[number].volume)
+                    except (OSError, StorageRefusal) as error:
+                        failed = failed or error
+                if failed is not None:
+                    raise failed
+
+            chosen = [items[number] for number in numbers]
+            names = ", ".join(item.volume.vid or item.volume.name for item in chosen)
+            await self._work(
+                call,
+                chosen[0].pool.name,
+                [item.key for item in chosen],
+                f"{verb} of volume{'s' * (len(chosen) > 1)} {names}",
+                work,
+            )
+
+        await self._all([of_pool(numbers) for numbers in pools.values()])
+        return [results[number] for number in range(len(items))]
+
     async def _all(self, jobs: Sequence[Awaitable[_T]]) -> list[_T]:
         """Every job to its end, then the first failure, if any."""
         outcomes = await asyncio.gather(*jobs, return_exceptions=True)
@@ -216,9 +259,17 @@ class StorageHandlers:
         self._guard.admit(call.epoch)
         owner = messages.check_owner(request.owner)
         items = messages.specs(request.volumes)
-        if not call.validate_only:
-            await self._all([self._ensure(call, owner, item) for item in items])
-        return storage_pb2.EnsureReply(volumes=await self._states(call, items, {}))
+        if call.validate_only:
+            return storage_pb2.EnsureReply(volumes=await self._states(call, items, {}))
+
+        def ensure(driver: Driver, volume: Volume) -> VolumeState:
+            driver.ensure(owner, volume)
+            return driver.describe(volume, None)
+
+        states = await self._each(call, items, "creation", ensure)
+        return storage_pb2.EnsureReply(
+            volumes=[messages.state_message(i, s) for i, s in zip(items, states, strict=True)]
+        )
 
     async def _ensure(self, call: Call, owner: str, item: Spec) -> None:
         await self._on_volume(
@@ -303,16 +354,8 @@ class StorageHandlers:
         if not call.validate_only:
             for item in items:
                 self._data.revoke(item.key)
-            await self._all(
-                [
-                    self._on_volume(
-                        call,
-                        item,
-                        "removal",
-                        functools.partial(_remove, owner, item.volume),
-                    )
-                    for item in items
-                ]
+            await self._each(
+                call, items, "removal", lambda driver, volume: driver.remove(owner, volume)
             )
         return storage_pb2.RemoveReply()
 
@@ -847,10 +890,6 @@ def _by_place(sources: Iterable[storage_pb2.VolumeSpec]) -> dict[str, Volume]:
 
 def _source(item: Spec, sources: dict[str, Volume]) -> Volume | None:
     return sources.get(f"{item.pool.name}:{item.volume.source}") if item.volume.source else None
-
-
-def _remove(owner: str, volume: Volume, driver: Driver, _: Cancel) -> None:
-    driver.remove(owner, volume)
 
 
 def _verify(owner: str, volume: Volume, driver: Driver, _: Cancel) -> None:

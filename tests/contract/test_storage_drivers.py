@@ -292,6 +292,25 @@ def test_a_late_removal_beside_a_new_volume(pool: Pool1, monkeypatch: pytest.Mon
     assert pool.file(volume, Role.CLEAN).exists()
 
 
+def test_removals_of_two_volumes_beside_each_other(
+    pool: Pool1, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one takes the emptied directory away before this one has made its part durable."""
+    volume = origin()
+    pool.driver.ensure(OWNER, volume)
+    passed: list[str] = []
+
+    def hit(name: str) -> None:
+        passed.append(name)
+        if passed.count("storage.remove.after_unlink") == 1 and name.endswith(".after_unlink"):
+            pool.driver.remove(OWNER, volatile())
+
+    monkeypatch.setattr(failpoints, "hit", hit)
+    pool.driver.remove(OWNER, volume)
+    assert passed.count("storage.remove.after_rmdir") == 1
+    assert not (pool.root / "appvms/work").exists()
+
+
 def test_remove_of_what_never_was(pool: Pool1) -> None:
     pool.driver.remove(OWNER, origin())
     pool.driver.remove(OWNER, volatile())

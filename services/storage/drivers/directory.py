@@ -412,20 +412,36 @@ class DirectoryDriver(Driver):
             kind = Kind.ORIGIN  # a broken record must still be removable
         if self._stranger(owner, present, kind):
             return
-        for path in present.everything:
-            failpoints.hit("storage.remove.before_unlink")
-            durable.unlink(path)
-            failpoints.hit("storage.remove.after_unlink")
-        self._remove_home(present.directory)
+        with contextlib.ExitStack() as stack:
+            home: int | None = None
+            if present.everything:
+                try:
+                    # Now: the removal of another volume may take an empty directory away.
+                    home = os.open(present.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                except FileNotFoundError:
+                    fsync_directory(present.directory.parent)
+                    return
+                stack.callback(os.close, home)
+            for path in present.everything:
+                failpoints.hit("storage.remove.before_unlink")
+                with contextlib.suppress(FileNotFoundError):
+                    path.unlink()
+                failpoints.hit("storage.remove.after_unlink")
+            # What is gone with its directory, durably, needs no fsync of its own.
+            if not self._remove_home(present.directory) and home is not None:
+                os.fsync(home)
 
-    def _remove_home(self, directory: Path) -> None:
-        """Remove the qube's directory when only links are left in it: they hold no data."""
+    def _remove_home(self, directory: Path) -> bool:
+        """Remove the qube's directory when only links are left in it: they hold no data.
+
+        True when it was removed here, durably.
+        """
         try:
             entries = list(os.scandir(directory))
         except FileNotFoundError:
-            return
+            return False
         if not all(entry.is_symlink() for entry in entries):
-            return
+            return False
         for entry in entries:
             with contextlib.suppress(FileNotFoundError):
                 (directory / entry.name).unlink()
@@ -433,13 +449,14 @@ class DirectoryDriver(Driver):
         try:
             directory.rmdir()
         except FileNotFoundError:
-            return
+            return False
         except OSError as error:
             if error.errno == errno.ENOTEMPTY:
-                return  # another volume of the qube was made meanwhile
+                return False  # another volume of the qube was made meanwhile
             raise
         fsync_directory(directory.parent)
         failpoints.hit("storage.remove.after_rmdir")
+        return True
 
     # ---- start, stop
 
