@@ -21,7 +21,7 @@ from bulkhead import failpoints
 from bulkhead.api import control_pb2, domains_pb2
 from bulkhead.bus.dispatch import Call
 from bulkhead.bus.errors import from_refusal
-from bulkhead.model.records import HostFact, PowerFact
+from bulkhead.model.records import DeviceFact, HostFact, PowerFact
 
 from . import failpoint_table as _failpoint_table  # noqa: F401  (declares the failpoints)
 from . import messages
@@ -376,8 +376,25 @@ class DomainsHandlers:
     def _tell_devices(self) -> None:
         facts = self._devices.facts()
         told = self._reporter.table()
+        for key, fact in told.items():
+            if isinstance(fact, DeviceFact) and fact.attached_to and key not in facts:
+                self._spawn(self._unplug(fact))
         self._reporter.remove(key for key in told if key.startswith("device/") and key not in facts)
         self._reporter.put(facts.values())
+
+    async def _unplug(self, fact: DeviceFact) -> None:
+        """A backend withdrew a device: who had it shall not get whatever comes there next."""
+        target, uuid = fact.attach_options.get("frontend-dev", ""), fact.attached_to
+        known = self._tracker.current(uuid)
+        if not target or known is None:
+            return
+        disk = specs.DiskSpec(target, "/dev/" + fact.port.replace("_", "/"))
+        try:
+            async with self._queue.turn(uuid):
+                await self._hypervisor.detach_disk(uuid, disk, DESCRIBE_S)
+        except (HypervisorError, DomainsError) as error:
+            self._log.warning("%s of %s could not be unplugged: %s", target, uuid, error)
+        await self._refresh_quietly(uuid)
 
     async def _look_for_devices(self) -> None:
         """What the hypervisor knows of devices; a failure leaves the last picture."""

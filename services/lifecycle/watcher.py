@@ -19,6 +19,7 @@ from bulkhead.bus.errors import BusError
 from bulkhead.bus.events import Entry
 from bulkhead.model.evaluate import provides_network
 from bulkhead.model.records import (
+    DeviceFact,
     FactPut,
     FactRemoved,
     HostFact,
@@ -31,9 +32,10 @@ from bulkhead.model.records import (
     Qube,
     QubePut,
     QubeRemoved,
+    fact_key,
 )
-from bulkhead.model.specs import ApplySpec, StoppedSpec
-from services.lifecycle.core import boot, saga, stops
+from bulkhead.model.specs import ApplySpec, AttachSpec, StoppedSpec
+from services.lifecycle.core import attaching, boot, saga, stops
 from services.lifecycle.core.guest_keys import clients_of
 from services.lifecycle.executor import Executor
 
@@ -51,9 +53,10 @@ class Watcher:
 
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
-        self._queue: asyncio.Queue[StoppedSpec | ApplySpec] = asyncio.Queue()
+        self._queue: asyncio.Queue[StoppedSpec | ApplySpec | AttachSpec] = asyncio.Queue()
         self._known: set[str] = set()
         self._digests: dict[str, str] = {}
+        self._devices: dict[str, str] = {}  # key of the fact: id of the device there
         self._pools_changed = asyncio.Event()
         self._look = asyncio.Event()
 
@@ -73,6 +76,11 @@ class Watcher:
             self._reconcile()
             return
         view = self.executor.replica.view
+        # The first report of the hypervisor's service tells what is there, not what is new.
+        first = any(
+            isinstance(change, FactPut) and isinstance(change.fact, HostFact)
+            for change in entry.changes
+        )
         for change in entry.changes:
             match change:
                 case FactPut(PowerFact() as fact):
@@ -81,6 +89,10 @@ class Watcher:
                     self._look.set()
                 case FactRemoved(key) if key.startswith("power/"):
                     self._look.set()
+                case FactPut(DeviceFact() as device):
+                    self._appeared(device, first)
+                case FactRemoved(key):
+                    self._devices.pop(key, None)
                 case QubePut(qube):
                     self._consider(stops.stopped(qube, view.power(qube.uuid)))
                     if stops.silent(qube, view.power(qube.uuid)):
@@ -93,6 +105,7 @@ class Watcher:
                 case OperationPut(operation):
                     if operation.kind == "START" and operation.state is OperationState.SUCCEEDED:
                         self._reconnect(operation.subjects[0])
+                        self._equip(operation.subjects[0])
 
     def _rules(self, qube: Qube) -> None:
         """New rules of a running client reach a netvm that is a guest by its keys: an APPLY.
@@ -108,8 +121,34 @@ class Watcher:
         if backend is not None and not boot.is_namespace_netvm(view, backend):
             self._queue.put_nowait(ApplySpec(qube.uuid, qube.run.boot_id, qube.revision))
 
+    def _equip(self, uuid: str) -> None:
+        """A qube that has started gets the devices that are to attach themselves."""
+        view = self.executor.replica.view
+        qube = view.by_uuid(uuid)
+        if qube is not None and qube.run.phase is Phase.UP:
+            for spec in attaching.at_start(view, qube):
+                self._queue.put_nowait(spec)
+
+    def _appeared(self, device: DeviceFact, first: bool) -> None:
+        """A device that was not there before goes to the qube that is to have it."""
+        key = fact_key(device)
+        known, self._devices[key] = self._devices.get(key), device.device_id
+        if first or known == device.device_id:
+            return
+        spec, claims = attaching.at_appearance(self.executor.replica.view, device)
+        if spec is not None:
+            self._queue.put_nowait(spec)
+        elif claims:
+            log.warning("%s is claimed by %s and goes to none", device.port, ", ".join(claims))
+
     def _reconcile(self) -> None:
         view = self.executor.replica.view
+        # What is there already is not new: nobody gets back what its user detached.
+        self._devices = {
+            key: fact.device_id
+            for key, fact in view.facts().items()
+            if isinstance(fact, DeviceFact)
+        }
         for qube in list(view.qubes_any()):
             self._digests.setdefault(qube.uuid, qube.rules_digest)
             self._consider(stops.stopped(qube, view.power(qube.uuid)))
@@ -131,7 +170,7 @@ class Watcher:
                 self._queue.put_nowait(ApplySpec(client.uuid, client.run.boot_id, client.revision))
 
     async def run_stops(self) -> None:
-        """Begin what was noticed: STOPPED, and APPLY for clients of a netvm that is back."""
+        """Begin what was noticed: STOPPED, APPLY for clients of a netvm that is back, ATTACH."""
         while True:
             spec = await self._queue.get()
             # A new id each time: a stored refusal must not answer for a boot for ever. That a
@@ -143,13 +182,15 @@ class Watcher:
                     break
                 except BusError as error:
                     if error.code not in saga.TRANSIENT:
-                        log.info("nothing was begun for %s: %s", spec.uuid, error.message)
+                        subject = spec.qube if isinstance(spec, AttachSpec) else spec.uuid
+                        log.info("nothing was begun for %s: %s", subject, error.message)
                         self._later(spec)
                         break
                     await asyncio.sleep(RETRY_S)
-            self._known.discard(spec.boot_id)
+            if not isinstance(spec, AttachSpec):
+                self._known.discard(spec.boot_id)
 
-    def _later(self, spec: StoppedSpec | ApplySpec) -> None:
+    def _later(self, spec: StoppedSpec | ApplySpec | AttachSpec) -> None:
         """A stop that was refused is looked at again: nobody else would report it."""
         if isinstance(spec, StoppedSpec):
             asyncio.get_running_loop().call_later(UNACCOUNTED_PERIOD_S, self._reconsider, spec.uuid)

@@ -159,3 +159,13 @@ def test_the_book_knows_who_has_what() -> None:
     assert book.facts()[sda].attached_to == ""
     book.gone(BACKEND)
     assert set(book.facts()) == {sata}
+
+
+def test_devices_of_a_guest_go_with_it_whoever_listed_them() -> None:
+    book = DeviceBook()
+    sata = pci_fact(PciFunction("0000:00:1f.2", "1", "2", "3"))
+    (listed,) = block_facts(BACKEND, keys("sdb", size="1", mode="w"))
+    book.offer("host", [sata, listed])
+    book.offer(BACKEND, block_facts(BACKEND, keys("sda", size="1", mode="w")))
+    book.gone(BACKEND)
+    assert [fact.port for fact in book.facts().values()] == [sata.port]

@@ -295,6 +295,37 @@ class TestCanonical:
 
 
 class TestFacts:
+    def test_other_devices_are_told_of_in_order(self) -> None:
+        def device(port: str, device_id: str = "1:2", **more: str) -> DeviceFact:
+            return DeviceFact(U1, "block", port, device_id, **more)  # type: ignore[arg-type]
+
+        before = [FactPut(device("sda", attached_to=U2)), FactPut(device("sdb"))]
+        view = view_of(
+            QubePut(qube()), QubePut(qube(uuid=U2, name="front", qid=9)), FactPut(HostFact("sim"))
+        )
+        view.apply_all(before)
+        changes = [
+            FactPut(device("sdc")),
+            FactRemoved(f"device/{U1}/block/sda"),
+            FactPut(device("sdb", "3:4")),
+        ]
+        name = qube().name
+        told = [(e.subject, e.name, e.pairs) for e in facts.device_events(view, changes)]
+        assert told == [
+            (name, "device-list-change:block", ()),
+            ("front", "device-detach:block", (("port", f"{name}:sda"),)),
+            (name, "device-removed:block", (("port", f"{name}:sda"),)),
+            (name, "device-removed:block", (("port", f"{name}:sdb"),)),
+            (name, "device-added:block", (("device", f"{name}:sdb:3:4"),)),
+            (name, "device-added:block", (("device", f"{name}:sdc:1:2"),)),
+        ]
+        # Attached, or described otherwise: the same device.
+        assert facts.device_events(view, [FactPut(device("sdb", attached_to=U2))]) == ()
+        # What the first report tells was there before.
+        first = view_of(QubePut(qube()))
+        assert facts.device_events(first, [FactPut(HostFact("sim")), FactPut(device("x"))]) == ()
+        assert facts.device_events(view, [FactPut(DeviceFact("gone", "block", "x"))]) == ()
+
     def test_only_the_owner_may_report(self) -> None:
         view = view_of()
         with pytest.raises(Refusal) as refused:

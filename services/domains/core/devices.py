@@ -152,7 +152,9 @@ class DeviceBook:
 
     def gone(self, uuid: str) -> None:
         """The domain ended: it offers nothing and has nothing."""
-        self._offered.pop(uuid, None)
+        # A hypervisor may list devices of guests too.
+        for source in list(self._offered):
+            self.offer(source, (f for f in self._offered[source] if f.backend_uuid != uuid))
         self._disks.pop(uuid, None)
         self._functions.pop(uuid, None)
         self._names = {name: other for name, other in self._names.items() if other != uuid}

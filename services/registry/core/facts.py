@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from bulkhead.model import events
 from bulkhead.model.records import (
     Change,
     DeviceFact,
@@ -16,6 +17,7 @@ from bulkhead.model.records import (
     FactPut,
     FactRemoved,
     PowerFact,
+    WireEvent,
     fact_key,
 )
 from bulkhead.model.refusal import Refusal
@@ -29,6 +31,8 @@ OWNERS: dict[str, str] = {
     "kernel": "storage",
     "pool": "storage",
 }
+# Every report begins with the host.
+_FIRST = "host"
 # Facts are in memory only; a runaway owner must not fill it.
 LIMIT = 200_000
 
@@ -85,6 +89,48 @@ def plan_facts(
     if len(view.facts()) + len(changes) > LIMIT:
         raise Refusal("LIMIT_REACHED", f"more than {LIMIT} facts; report fewer", limit=str(LIMIT))
     return tuple(changes)
+
+
+def device_events(view: View, changes: Iterable[Change]) -> tuple[WireEvent, ...]:
+    """What clients are told when backends offer other devices; view: before the changes.
+
+    Per backend and class: the list has changed, who lost a device, which are gone, which
+    are new. Nothing before the first report: then devices are known, not new.
+    """
+    if _FIRST not in view.facts():
+        return ()
+    gone: dict[tuple[str, str], list[DeviceFact]] = {}
+    new: dict[tuple[str, str], list[DeviceFact]] = {}
+    for change in changes:
+        after = change.fact if isinstance(change, FactPut) else None
+        key = change.key if isinstance(change, FactRemoved) else fact_key(after) if after else ""
+        before = view.facts().get(key)
+        was = before if isinstance(before, DeviceFact) else None
+        now = after if isinstance(after, DeviceFact) else None
+        if was is not None and now is not None and was.device_id == now.device_id:
+            continue  # the same device, attached or described otherwise
+        if was is not None:
+            gone.setdefault((was.backend_uuid, was.devclass), []).append(was)
+        if now is not None:
+            new.setdefault((now.backend_uuid, now.devclass), []).append(now)
+    told: list[WireEvent] = []
+    for place in sorted({*gone, *new}):
+        backend = view.by_uuid(place[0])
+        if backend is None:
+            continue
+        devclass = place[1]
+        told.append(events.device_list_change(backend, devclass))
+        lost = sorted(gone.get(place, ()), key=lambda fact: fact.port)
+        for fact in lost:
+            frontend = view.by_uuid(fact.attached_to) if fact.attached_to else None
+            if frontend is not None:
+                told.append(events.device_detach(frontend, devclass, backend.name, fact.port))
+        told.extend(events.device_removed(backend, devclass, fact.port) for fact in lost)
+        told.extend(
+            events.device_added(backend, devclass, fact.port, fact.device_id)
+            for fact in sorted(new.get(place, ()), key=lambda fact: fact.port)
+        )
+    return tuple(told)
 
 
 def _news(view: View, fact: Fact, complete: bool) -> bool:

@@ -29,7 +29,7 @@ from bulkhead.model.specs import ApplySpec, Command, OperationSpec, PreloadMarks
 from bulkhead.model.view import View
 from services.registry.core import adopt, operations
 from services.registry.core.announce import DIGEST_OWNER, check_events, plan_announce
-from services.registry.core.facts import plan_facts
+from services.registry.core.facts import device_events, plan_facts
 from services.registry.core.group import Numbers, Planned
 
 
@@ -391,7 +391,7 @@ class Facts:
 
     def plan(self, view: View, _now: Numbers) -> Planned:
         changes = plan_facts(view, self.caller, self.put, self.removed, self.complete)
-        return Planned(changes, durable=False)
+        return Planned(changes, device_events(view, changes), durable=False)
 
 
 @dataclass(frozen=True, slots=True)
