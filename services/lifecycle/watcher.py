@@ -36,7 +36,7 @@ from bulkhead.model.records import (
 )
 from bulkhead.model.specs import ApplySpec, AttachSpec, StoppedSpec
 from services.lifecycle.core import attaching, boot, saga, stops
-from services.lifecycle.core.guest_keys import clients_of
+from services.lifecycle.core.guest_keys import clients_of, shown_or_heard_by
 from services.lifecycle.executor import Executor
 
 log = logging.getLogger("bulkhead.lifecycle")
@@ -160,12 +160,16 @@ class Watcher:
             self._queue.put_nowait(spec)
 
     def _reconnect(self, provider_uuid: str) -> None:
-        """Running clients of a netvm that came back get their interface and rules again."""
+        """Running clients of a netvm that came back get their interface and rules again;
+        those of a guivm or audiovm learn where it is now."""
         view = self.executor.replica.view
         provider = view.by_uuid(provider_uuid)
-        if provider is None or not provides_network(provider):
+        if provider is None:
             return
-        for client in clients_of(view, provider):
+        clients = {client.uuid: client for client in shown_or_heard_by(view, provider)}
+        if provides_network(provider):
+            clients |= {client.uuid: client for client in clients_of(view, provider)}
+        for client in clients.values():
             if client.run.phase is Phase.UP:
                 self._queue.put_nowait(ApplySpec(client.uuid, client.run.boot_id, client.revision))
 

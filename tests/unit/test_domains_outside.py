@@ -231,6 +231,7 @@ class FakeQubesDb:
     """QubesDB's client: one dictionary per guest."""
 
     guests: dict[str, dict[str, bytes]] = {}
+    removed: list[str] = []
 
     def __init__(self, name: str) -> None:
         if name == "gone":
@@ -243,6 +244,7 @@ class FakeQubesDb:
         self.keys[path] = value
 
     def rm(self, path: str) -> None:
+        self.removed.append(path)
         gone = [key for key in self.keys if key.startswith(path) and path.endswith("/")]
         for key in gone or [path]:
             del self.keys[key]
@@ -278,6 +280,22 @@ def test_qubesdb_is_written_and_read(monkeypatch: pytest.MonkeyPatch) -> None:
             await keys.write(boot, [("bad", "")], [], False)
         assert caught.value.reason == "INVALID_GUEST_KEY"
         assert await keys.kept() == {}
+
+    run(body)
+
+
+def test_what_is_written_again_never_disappears_in_between(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A guest that watches its services must not see one stop and start."""
+    monkeypatch.setattr(FakeQubesDb, "guests", {"work": {"/s/a": b"1", "/s/b": b"1", "/t": b""}})
+    monkeypatch.setattr(FakeQubesDb, "removed", [])
+
+    async def body() -> None:
+        keys = QubesDbKeys(FakeQubesDb)
+        await keys.write(Boot(UUID, "b1", "work"), [("/s/a", "0"), ("/s/c", "1")], ["/s/"], False)
+        assert FakeQubesDb.removed == ["/s/b"]
+        assert FakeQubesDb.guests["work"] == {"/s/a": b"0", "/s/c": b"1", "/t": b""}
 
     run(body)
 

@@ -180,6 +180,73 @@ def test_exported_features_reach_the_guest(view: View) -> None:
     assert keys["/vm-config/x"] == "y"
 
 
+def test_a_change_leaves_no_key_out_that_the_start_wrote(view: View) -> None:
+    work = record(view, WORK)
+    marks = {"check-updates": "", "updates-proxy-setup": "1", "service.guivm": "1"}
+    view.apply(QubePut(replace(work, features=marks)))
+    start = guest_keys.boot_tree(view, record(view, WORK), timezone="", seed=b"s" * 64)
+    tree = guest_keys.exported_tree(view, record(view, WORK))
+    below = [path for path in tree.remove if path.endswith("/")]
+    for path, value in start.write:
+        if path.startswith(tuple(below)):
+            assert dict(tree.write)[path] == value
+    assert dict(tree.write)["/qubes-service/qubes-update-check"] == "0"
+    assert dict(tree.write)["/qubes-service/yum-proxy-setup"] == "1"
+    assert dict(tree.write)["/guivm-windows-prefix"] == "GuiVM"
+    view.apply(QubePut(replace(work, features={})))
+    assert "/guivm-windows-prefix" in guest_keys.exported_tree(view, record(view, WORK)).remove
+
+
+def test_display_and_sound_come_from_qubes_that_run(view: View) -> None:
+    def keys(**properties: str) -> tuple[dict[str, str], tuple[str, ...]]:
+        work = record(view, WORK)
+        view.apply(QubePut(replace(work, properties={**work.properties, **properties})))
+        tree = guest_keys.exported_tree(view, record(view, WORK))
+        return dict(tree.write), tree.remove
+
+    written, _ = keys()
+    assert (written["/qubes-gui-domain-xid"], written["/qubes-audio-domain-xid"]) == ("0", "0")
+    written, removed = keys(guivm="sys-net", audiovm="sys-net", keyboard_layout="de++")
+    assert (written["/qubes-gui-domain-xid"], written["/qubes-audio-domain-xid"]) == ("7", "7")
+    assert written["/keyboard-layout"] == "de++"
+    assert "/qubes-audio-domain-xid" not in removed
+    users = guest_keys.shown_or_heard_by(view, record(view, NET))
+    assert [user.name for user in users] == []  # work is still starting: it reads them itself
+    view.apply(QubePut(replace(record(view, WORK), run=Run(Phase.UP, "w"))))
+    users = guest_keys.shown_or_heard_by(view, record(view, NET))
+    assert [user.name for user in users] == ["work"]
+    written, removed = keys(guivm="", audiovm="")
+    assert written["/qubes-gui-enabled"] == "False"
+    assert {"/keyboard-layout", "/qubes-gui-domain-xid", "/qubes-audio-domain-xid"} <= set(removed)
+
+
+def test_a_relay_knows_the_names_of_its_remote_qubes(view: View) -> None:
+    relay = record(view, NET)
+    for number, (name, more) in enumerate((("far", {"remote_name": "x"}), ("away", {}))):
+        uuid = f"33333333-3333-4333-8333-33333333333{number}"
+        view.apply(QubePut(qube(uuid, name, 20 + number, "RemoteVM", relayvm="sys-net", **more)))
+    tree = guest_keys.boot_tree(view, relay, timezone="", seed=b"s" * 64)
+    assert dict(tree.write)["/remote/far"] == "x"
+    assert dict(tree.write)["/remote/away"] == "away"
+    assert "/remote/" in guest_keys.exported_tree(view, relay).remove
+
+
+def test_a_netvm_is_told_what_its_client_is_shown(view: View) -> None:
+    work = record(view, WORK)
+    shown = dict(guest_keys.mapped_tree(view, work).write)
+    assert shown == {
+        "/mapped-ip/10.137.0.3/visible-ip": "10.137.0.3",
+        "/mapped-ip/10.137.0.3/visible-gateway": "10.137.0.2",
+    }
+    view.apply(QubePut(replace(work, features={"net.fake-ip": "192.168.1.2"})))
+    shown = dict(guest_keys.mapped_tree(view, record(view, WORK)).write)
+    assert shown["/mapped-ip/10.137.0.3/visible-ip"] == "192.168.1.2"
+    # Without a netvm it has none, but netvms that knew it have to forget one.
+    view.apply(QubePut(replace(work, properties={**work.properties, "netvm": ""})))
+    alone = record(view, WORK)
+    assert guest_keys.own_addresses(view, alone) == ("10.137.0.3", "fd09:24ef:4179::a89:3")
+
+
 @pytest.mark.parametrize("phase", [Phase.UP, Phase.STOPPING])
 def test_a_halted_boot_is_stopped_once_it_was_up(view: View, phase: Phase) -> None:
     up = replace(record(view, WORK), run=Run(phase, "b00t"))

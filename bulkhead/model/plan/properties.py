@@ -150,6 +150,8 @@ def _consequences(draft: Draft, qube: Qube, row: PropertyRow, new: Value, old: O
             follow_template(draft, qube)
         case "guivm" | "audiovm" | "relayvm":
             keep_one_tag(draft, qube, name, str(new or ""))
+            if name == "relayvm":
+                _relays_changed(draft, new, old)
         case "netvm":
             _connected(draft, qube, new)
         case "ip" | "ip6":
@@ -167,6 +169,14 @@ def _consequences(draft: Draft, qube: Qube, row: PropertyRow, new: Value, old: O
         for child in children(view, qube):
             if has_property(child.klass, name) and is_default(view, child, name):
                 draft.emit(events.value_changed(child, name))
+
+
+def _relays_changed(draft: Draft, *relays: OldValue) -> None:
+    """Both relays learn which remote qubes they carry calls for now."""
+    for name in relays:
+        relay = draft.view.qube(name) if isinstance(name, str) and name else None
+        if relay is not None:
+            draft.live(relay)
 
 
 def children(view: View, template: Qube) -> Iterator[Qube]:

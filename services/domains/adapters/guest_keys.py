@@ -158,9 +158,14 @@ class QubesDbKeys:
             failpoints.hit("domains.keys.before")
             if replace_all:
                 database.rm("/")
+            kept = {path for path, _ in written}
             for path in removed:
-                with contextlib.suppress(KeyError):
-                    database.rm(path)
+                # What is written again never disappears in between: guests watch.
+                below = [path] if not path.endswith("/") else map(str, database.multiread(path))
+                for key in below:
+                    if key not in kept:
+                        with contextlib.suppress(KeyError):
+                            database.rm(key)
             for path, value in written:
                 database.write(path, value.encode())
             failpoints.hit("domains.keys.after")

@@ -13,16 +13,26 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from bulkhead.model import addresses
 from bulkhead.model.evaluate import effective_default_user, evaluate, is_running, provides_network
 from bulkhead.model.features import exported_keys, feature, truthy
 from bulkhead.model.power import current_power
-from bulkhead.model.records import Qube
+from bulkhead.model.records import Phase, Qube
 from bulkhead.model.view import View
 from services.lifecycle.core.boot import netvm, text
 
 KEY_LIMIT = 63
 VALUE_LIMIT = 3072
 _KEY = re.compile(r"/[a-zA-Z0-9_.:/-]+")
+# Keys of display and sound that may be there or not.
+_GUI = (
+    "/qubes-gui-videoram-overhead",
+    "/qubes-gui-videoram-min",
+    "/keyboard-layout",
+    "/qubes-gui-domain-xid",
+    "/guivm-windows-prefix",
+    "/qubes-audio-domain-xid",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +58,7 @@ def boot_tree(view: View, qube: Qube, *, timezone: str, seed: bytes) -> Tree:
     keys.extend(_kind(view, qube))
     keys.extend(_exported(view, qube))
     keys.extend(_gui(view, qube))
+    keys.extend(_relayed(view, qube))
     if provides_network(qube):
         keys.extend(connected(view, qube))
     return _checked(keys)
@@ -71,11 +82,18 @@ def network_tree(view: View, qube: Qube) -> Tree:
 
 
 def exported_tree(view: View, qube: Qube) -> Tree:
-    """Services, vm-config, persist and GUI keys: rewritten when features change."""
-    return Tree(
-        _checked([*_exported(view, qube), *_gui(view, qube)]).write,
-        remove=("/qubes-service/", "/hash-app-dispvm/", "/vm-config/", "/persist/"),
+    """Services, vm-config, persist, GUI, audio and relay keys: rewritten when they change."""
+    tree = _checked([*_exported(view, qube), *_gui(view, qube), *_relayed(view, qube)])
+    written = {key for key, _ in tree.write}
+    remove = (
+        "/qubes-service/",
+        "/hash-app-dispvm/",
+        "/vm-config/",
+        "/persist/",
+        "/remote/",
+        *(key for key in _GUI if key not in written),
     )
+    return Tree(tree.write, remove, tree.refused)
 
 
 def connected_tree(view: View, provider: Qube) -> Tree:
@@ -84,7 +102,7 @@ def connected_tree(view: View, provider: Qube) -> Tree:
 
 
 def mapped_tree(view: View, qube: Qube) -> Tree:
-    """/mapped-ip of one client on its netvm: written where the shown address is not the real."""
+    """/mapped-ip of one client on its netvm: the addresses that the client is shown."""
     ip = text(evaluate(view, qube, "ip"))
     if not ip:
         return Tree(())
@@ -93,16 +111,43 @@ def mapped_tree(view: View, qube: Qube) -> Tree:
     remove: list[str] = []
     for key, prop in (("visible-ip", "visible_ip"), ("visible-gateway", "visible_gateway")):
         value = text(evaluate(view, qube, prop))
-        if value and truthy(view, qube, f"net.fake-{key.removeprefix('visible-')}", "template"):
+        if value:
             write.append((f"{base}/{key}", value))
         else:
             remove.append(f"{base}/{key}")
     return Tree(_checked(write).write, tuple(remove))
 
 
+def own_addresses(view: View, qube: Qube) -> tuple[str, str]:
+    """IPv4 and IPv6 that the qube has with a netvm, whether or not it has one now."""
+    disposable = qube.klass == "DispVM"
+    number = int(qube.properties.get("dispid", "0")) if disposable else qube.qid
+    return (
+        text(evaluate(view, qube, "ip")) or addresses.ipv4(number, disposable=disposable),
+        text(evaluate(view, qube, "ip6")) or addresses.ipv6(number, disposable=disposable),
+    )
+
+
 def _exported(view: View, qube: Qube) -> Iterator[tuple[str, str]]:
+    # Services under their names of long ago, where a feature of today has another name.
+    for name, source in (
+        ("ntpd", "service.ntpd"),
+        ("qubes-update-check", "check-updates"),
+        ("qubes-dvm", "dvm"),
+        ("yum-proxy-setup", "updates-proxy-setup"),
+    ):
+        value = feature(view, qube, source)
+        if value is not None:
+            yield f"/qubes-service/{name}", "1" if value else "0"
     balanced = text(evaluate(view, qube, "maxmem")) not in ("", "0")
     yield from exported_keys(qube, balanced=balanced).items()
+
+
+def _relayed(view: View, qube: Qube) -> Iterator[tuple[str, str]]:
+    """The names that remote qubes behind this relay have over there."""
+    remotes = [remote for remote in view.referrers("relayvm", qube.name) if not remote.hidden]
+    for remote in sorted(remotes, key=lambda q: q.name):
+        yield f"/remote/{remote.name}", text(evaluate(view, remote, "remote_name")) or remote.name
 
 
 def connected(view: View, provider: Qube) -> Iterator[tuple[str, str]]:
@@ -110,6 +155,18 @@ def connected(view: View, provider: Qube) -> Iterator[tuple[str, str]]:
     clients = sorted(clients_of(view, provider), key=lambda q: q.name)
     yield "/connected-ips", " ".join(_present(view, clients, "visible_ip"))
     yield "/connected-ips6", " ".join(_present(view, clients, "visible_ip6"))
+
+
+def shown_or_heard_by(view: View, server: Qube) -> list[Qube]:
+    """Running qubes whose guivm or audiovm it is: they are told its xid when it starts."""
+    return [
+        qube
+        for qube in view.qubes()
+        if qube.run.phase is Phase.UP
+        and qube.uuid != server.uuid
+        and server.name
+        in (text(evaluate(view, qube, "guivm")), text(evaluate(view, qube, "audiovm")))
+    ]
 
 
 def clients_of(view: View, provider: Qube) -> list[Qube]:
@@ -186,15 +243,6 @@ def _kind(view: View, qube: Qube) -> Iterator[tuple[str, str]]:
         kind = "ProxyVM" if netvm(view, qube) is not None else "NetVM"
     yield "/qubes-vm-type", kind
     yield "/qubes-iptables-error", ""
-    for name, source in (
-        ("ntpd", "service.ntpd"),
-        ("qubes-update-check", "check-updates"),
-        ("qubes-dvm", "dvm"),
-        ("yum-proxy-setup", "updates-proxy-setup"),
-    ):
-        value = feature(view, qube, source)
-        if value is not None:
-            yield f"/qubes-service/{name}", "1" if value else "0"
 
 
 def _gui(view: View, qube: Qube) -> Iterator[tuple[str, str]]:

@@ -85,7 +85,8 @@ async def _forget(context: StepContext, qube: Qube, netvm: Qube | None) -> None:
     """Netvms that are guests, other than the qube's, hold nothing of its address: which one
     it had before is not known, and need not be."""
     view = context.view
-    addresses = [boot.text(evaluate(view, qube, prop)) for prop in ("ip", "ip6")]
+    # Without a netvm it has no address any more: the ones that it would have.
+    addresses = guest_keys.own_addresses(view, qube)
     for other in list(view.qubes()):
         if (
             other is netvm
@@ -99,7 +100,11 @@ async def _forget(context: StepContext, qube: Qube, netvm: Qube | None) -> None:
             path
             for address in addresses
             if address
-            for path in (f"/qubes-firewall/{address}/", f"/qubes-firewall/{address}")
+            for path in (
+                f"/qubes-firewall/{address}/",
+                f"/qubes-firewall/{address}",
+                f"/mapped-ip/{address}/",
+            )
         ]
         await _write(context, other, guest_keys.connected_tree(view, other).write, tuple(removed))
 
