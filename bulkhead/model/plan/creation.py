@@ -201,8 +201,8 @@ def _label(view: View, spec: CreateSpec, template: Qube | None) -> str:
         return template.properties.get("label", "red")
     name = check_label_name(spec.label, new=True)
     if view.label_by_name(name) is None:
-        # As 4.4, where an unknown label counts as a missing one.
-        raise Refusal("PROTOCOL", f"Label does not exist: {name}", label=name)
+        # By its own class: qvm-backup-restore then tries again with red.
+        raise Refusal("LABEL_NOT_FOUND", f"Label does not exist: {name}", label=name)
     return name
 
 
