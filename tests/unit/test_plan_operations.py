@@ -220,7 +220,7 @@ def test_pool_choices(w: World) -> None:
         ({"template": "work", "template_given": True}, "INVALID_PROPERTY_VALUE"),
         ({"template": "dom0", "template_given": True}, "INVALID_PROPERTY_VALUE"),
         ({"template": "", "template_given": True}, "NO_TEMPLATE"),
-        ({"label": "nocolor"}, "PROTOCOL"),
+        ({"label": "nocolor"}, "LABEL_NOT_FOUND"),
         ({"label": "3"}, "INVALID_LABEL"),
         ({"label": ""}, "INVALID_LABEL"),
         ({"klass": "AdminVM"}, "INVALID_PROPERTY_VALUE"),
