@@ -23,7 +23,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -32,6 +32,7 @@ from bulkhead.config import SERVICES, Settings
 from clients.admin import AdminClient, AdminError
 from clients.cli.instance import kernels, operator
 from services.adminapi.core import calls
+from services.domains.simhv.client import SimControl
 from tests.fakes import admin_replay
 from tests.instance import Instance, running
 
@@ -39,12 +40,16 @@ T = TypeVar("T")
 
 FRAMES = 1_000_000
 CONNECTIONS = 24
-# Seconds that one answer may take. A shutdown that the guest ignores takes its timeout of
-# 60, and what is asked of the same qube meanwhile waits for it.
+# Seconds that one answer may take: 60 in the queue of a qube, then a call of its own, by
+# docs/operations.md. The timeouts of the guests are short here, so that few wait at all.
 CALL_LIMIT_S = 150.0
+GUEST_TIMEOUT_S = 3
+# Frames after which the world is mended: many of them destroy what others need.
+BATCH = 4_000
 # A stream has no end: its first bytes are looked at, then it is left.
 STREAM_S = 0.05
 KERNEL = "lab"
+HOST = "00000000-0000-0000-0000-000000000000"
 QUBES = ("tmpl", "net", "work", "vault", "dvm")
 # Names that frames may create, so that the world stays small.
 SPARE = ("spare1", "spare2", "spare3")
@@ -53,6 +58,10 @@ _CLASS = re.compile(rb"(Qubes[A-Za-z]*|PermissionDenied|ProtocolError|DeviceAlre
                     rb"|DeviceNot[A-Za-z]*|UnrecognizedDevice|UnexpectedDeviceProperty"
                     rb"|StoragePoolException|BackupCancelledError|PolicyError)\Z")  # fmt: skip
 _TRACES = (b"Traceback (most", b'File "/', b", line ", b"object at 0x", b"internal error")
+# What a frame says for words that only answers can tell: the newest of their kind is sent.
+TOKEN = b"TOKEN-OF-A-COPY"
+OPERATION = b"ID-OF-AN-OPERATION"
+DIRECTORY = b"DIRECTORY-FOR-A-POOL"
 # Streams, and what waits for other calls as long as they like.
 _ENDLESS = frozenset(call.name for call in calls.all_calls() if call.stream)
 
@@ -68,12 +77,31 @@ class Frame:
 
 @dataclass
 class Findings:
-    """What was seen. problems: texts with the frame, at most 50 kept."""
+    """What was seen. problems: texts with the frame, at most 50 kept; sockets: frames sent
+    to each; done: calls of the table that were carried out, how often."""
 
     sent: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
+    sockets: Counter[str] = field(default_factory=Counter)
+    done: Counter[str] = field(default_factory=Counter)
+    learned: dict[bytes, bytes] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     slowest: tuple[float, bytes] = (0.0, b"")
+    memory_before: dict[str, float] = field(default_factory=dict)
+    memory_after: dict[str, float] = field(default_factory=dict)
+
+    def filled(self, data: bytes) -> bytes:
+        """A frame's bytes with what was learned by now."""
+        for word, known in self.learned.items():
+            data = data.replace(word, known)
+        return data
+
+    def learn(self, frame: Frame, reply: bytes) -> None:
+        match method_of(frame.data):
+            case "admin.vm.volume.CloneFrom":
+                self.learned[TOKEN] = reply[2:]
+            case "bulkhead.op.List" if newest := re.findall(rb'"id": "([^"]+)"', reply):
+                self.learned[OPERATION] = newest[-1]
 
     def add(self, what: str, frame: Frame, reply: bytes = b"") -> None:
         if len(self.problems) < 50:
@@ -104,6 +132,8 @@ class Deck:
         self._random = random.Random(seed)
         self._recorded = [step.frame for step in admin_replay.steps()]
         self._calls = list(calls.all_calls())
+        # What seldom finds the world as it needs it.
+        self._often = [call for call in self._calls if any(part in call.name for part in _OFTEN)]
 
     def any(self) -> Frame:
         """Whatever comes: most of it is refused, some of it works."""
@@ -182,7 +212,7 @@ class Deck:
 
     def _likely(self) -> Frame:
         """A call as its row of the table wants it, with words that fit it."""
-        call = self._pick(self._calls)
+        call = self._pick(self._often if self._random.random() < 0.3 else self._calls)
         name = call.name
         arg, payload = b"", b""
         if call.arg != "-":
@@ -193,7 +223,9 @@ class Deck:
             payload = self._pick(
                 next((words for part, words in _FITTING_PAYLOADS if part in name), _PAYLOADS)
             )
-        names = QUBES if self._random.random() < 0.8 else SPARE
+        # What takes a qube away from all others is done to the spare ones, mostly.
+        share = 0.05 if any(part in name for part in _HEAVY) else 0.85
+        names = QUBES if self._random.random() < share else SPARE
         dest = b"dom0" if call.dest == "0" else self._pick(names).encode()
         source = b"dom0" if call.socket != "misc" else self._pick(QUBES).encode()
         socket = call.socket if call.socket != "exec" else "admin"
@@ -282,6 +314,11 @@ def _words(text: str) -> tuple[bytes, ...]:
     return tuple(word.encode() for word in text.split())
 
 
+_OFTEN = (
+    "pause", "Resume", "Kill", "Start", "Disposable", "volume.Clone", "Revert", "ImportEnd",
+    "block.", "op.", "kernel.", "pool.Add", "pool.Remove", "Snapshots",
+)  # fmt: skip
+_HEAVY = ("admin.vm.Remove", "ImportBegin", "volume.Import")
 # Part of a method's name -> words that fit it; the first that is found counts.
 _FITTING_ARGS = (
     (".property.", _words("label memory maxmem vcpus netvm template kernel autostart kernelopts "
@@ -292,11 +329,12 @@ _FITTING_ARGS = (
     ("label.", _words("red purple mine other")),
     ("Create.", _words("tmpl")),
     ("CreateInPool.", _words("tmpl")),
-    ("CreateDisposable", _words("preload uuid")),
-    ("bulkhead.op", _words("x 00000000-0000-0000-0000-000000000000")),
+    ("CreateDisposable", (b"", b"preload")),
+    ("bulkhead.op", (OPERATION, OPERATION, b"x", b"00000000-0000-0000-0000-000000000000")),
     ("kernel.", _words("lab other")),
     (".volume.", _words("private root volatile kernel private")),
     ("pool.", _words("varlibqubes linux-kernel file file-reflink more")),
+    (".device.block", _words("dom0+sda dom0+sdb dom0+sda:*")),
     (".device.", _words("dom0+sda work+1-1 dom0+00_1f.2 dom0+sda:0123::b000000 dom0+*")),
     ("Shutdown", _words("force wait force+wait")),
 )  # fmt: skip
@@ -311,15 +349,20 @@ _FITTING_PAYLOADS = (
     (".Revert", _words("1 2")),
     ("revisions_to_keep", _words("0 1 5")),
     (".Set.rw", _words("True False")),
-    ("ephemeral", _words("True False")),
+    ("ephemeral", _words("True False False False")),
     ("firewall.Set", (b"action=accept\n", b"action=drop\n",
                       b"action=accept dst4=1.2.3.4/32 proto=tcp dstports=80-443\naction=drop\n")),
     ("ImportBegin", (b"", b"4096", b"1048576")),
     ("ImportEnd", (b"ok", b"fail\nx")),
+    ("CreateDisposable", (b"", b"uuid")),
+    ("volume.CloneTo", (TOKEN,)),
     ("vm.Clone", (b'{"name": "spare1"}', b"name=spare2", b"spare3")),
-    (".device.", (b"mode='required'", b"mode='manual'", b"_read-only='yes'", b"")),
+    ("Set.assignment", _words("required auto-attach ask-to-attach manual")),
+    (".device.", (b"mode='manual'", b"mode='manual'", b"mode='ask-to-attach'", b"mode='required'",
+                  b"_read-only='yes'", b"", b"")),
     ("denied", (b"u08****", b"all", b"")),
-    ("pool.Add", (b"name=more\ndir_path=/nowhere\n", b"name=more\nx=y\n")),
+    ("pool.Add", (b"name=more\ndir_path=" + DIRECTORY + b"\n", b"name=more\ndir_path=/nowhere\n",
+                  b"name=more\nx=y\n")),
 )  # fmt: skip
 
 
@@ -337,7 +380,7 @@ async def send(path: Path, frame: Frame, findings: Findings) -> None:
             reader, writer = await asyncio.open_unix_connection(str(path))
             try:
                 with contextlib.suppress(ConnectionError):
-                    writer.write(frame.data)
+                    writer.write(findings.filled(frame.data))
                     await writer.drain()
                     writer.write_eof()
                 with contextlib.suppress(ConnectionError):
@@ -354,6 +397,7 @@ async def send(path: Path, frame: Frame, findings: Findings) -> None:
     if took > findings.slowest[0]:
         findings.slowest = (took, frame.data[:200])
     findings.sent += 1
+    findings.sockets[frame.socket] += 1
     judge(frame, reply, findings, stream=stream, hung=hung)
 
 
@@ -389,6 +433,8 @@ def judge(frame: Frame, reply: bytes, findings: Findings, *, stream: bool, hung:
         return
     if reply[:2] == b"0\0":
         findings.kinds["ok"] += 1
+        findings.done[method_of(frame.data)] += 1
+        findings.learn(frame, reply)
         if frame.quiet:
             findings.add("accepted what must be refused", frame, reply)
         # A reply may repeat what a frame has stored before; the next check is for
@@ -417,19 +463,27 @@ def judge(frame: Frame, reply: bytes, findings: Findings, *, stream: bool, hung:
 
 
 def prepare(instance: Instance) -> None:
-    """A kernel and a handful of qubes, some of them running."""
+    """A kernel and a handful of qubes, some of them running, some with guests that do not
+    do as they are told; what waits for a guest waits for a short time."""
     kernel = instance.root / "kernel"
     kernel.write_bytes(b"k" * 4096)
     kernels.add(
         Settings.load(instance.root), KERNEL, vmlinuz=kernel, initramfs=kernel, modules=None
     )
     api = AdminClient.local(instance.root, timeout=120)
-    api.set("", "default_kernel", KERNEL)
+    api.set("", "default_shutdown_timeout", str(GUEST_TIMEOUT_S))
+    api.set("", "default_qrexec_timeout", str(GUEST_TIMEOUT_S))
+    with SimControl.of(instance.root) as sim:
+        sim.devices(HOST, *({"devclass": "block", "port": port} for port in ("sda", "sdb")))
+        sim.nature("*", agent="connect")
+        sim.nature("vault", agent="connect", shutdown="ignore")
+        sim.nature("spare1", agent="never")
+        sim.nature("spare2", agent="connect", pm_suspend="unsupported")
     _mend(api)
 
 
 def _mend(api: AdminClient) -> None:
-    """The qubes that frames are about exist; those that frames have made are gone."""
+    """The qubes that frames are about are as at the start, those that they made are gone."""
 
     def tried(act: Callable[[], object]) -> None:
         with contextlib.suppress(*AdminError):
@@ -439,17 +493,20 @@ def _mend(api: AdminClient) -> None:
         record = json.loads(line)
         if not record["finished"]:
             tried(lambda: api.call("bulkhead.op.Cancel", arg=str(record["id"])))  # noqa: B023
-    for qube in api.qubes():
-        if qube.name not in QUBES and qube.klass != "AdminVM":
-            tried(lambda: api.call("admin.vm.Kill", qube.name))  # noqa: B023
-            tried(lambda: api.call("admin.vm.Remove", qube.name))  # noqa: B023
-    there = {qube.name for qube in api.qubes()}
-    if "tmpl" not in there:
-        tried(lambda: api.call("admin.vm.Create.TemplateVM", payload=b"name=tmpl label=black"))
+    # What they have become is forgotten: a required device, say, that no frame offers.
+    for _ in range(3):  # references go with those who refer
+        for qube in api.qubes():
+            if qube.klass != "AdminVM":
+                tried(lambda: api.call("admin.vm.Kill", qube.name))  # noqa: B023
+                tried(lambda: api.call("admin.vm.Remove", qube.name))  # noqa: B023
+    api.set("", "default_kernel", KERNEL)
+    tried(lambda: api.call("admin.pool.Remove", arg="more"))
+    for pool in ("varlibqubes", "linux-kernel"):
+        tried(lambda: api.call("admin.pool.Set.ephemeral_volatile", arg=pool, payload=b"False"))  # noqa: B023
+    tried(lambda: api.call("admin.vm.Create.TemplateVM", payload=b"name=tmpl label=black"))
     for name in QUBES[1:]:
-        if name not in there:
-            payload = f"name={name} label=red".encode()
-            tried(lambda: api.call("admin.vm.Create.AppVM", "dom0", "tmpl", payload))  # noqa: B023
+        payload = f"name={name} label=red".encode()
+        tried(lambda: api.call("admin.vm.Create.AppVM", "dom0", "tmpl", payload))  # noqa: B023
     tried(lambda: api.set("net", "provides_network", "True"))
     tried(lambda: api.set("net", "netvm", ""))
     tried(lambda: api.set("work", "netvm", "net"))
@@ -497,7 +554,12 @@ def fuzz(instance: Instance, frames: int, seed: int, seconds: float = float("inf
     began = time.monotonic()
     pids = _all_up(instance)
     prepare(instance)
-    api = AdminClient.local(instance.root, timeout=120)
+    api = AdminClient.local(instance.root, timeout=180)
+    findings.memory_before = memory_of(pids)
+    place = instance.root / "more"
+    place.mkdir()
+    place.chmod(0o777)
+    findings.learned[DIRECTORY] = str(place).encode()
 
     still = frames // 5
     before = settled(instance)
@@ -508,25 +570,39 @@ def fuzz(instance: Instance, frames: int, seed: int, seconds: float = float("inf
             "refused calls and reads changed the store:\n" + _diff(before, after)
         )
 
-    batch = 20_000
     rest = frames - still
     while rest > 0 and time.monotonic() < began + seconds:
         asyncio.run(
-            pump(instance.root, _endless(deck.any), min(batch, rest), findings, began + seconds)
+            pump(instance.root, _endless(deck.any), min(BATCH, rest), findings, began + seconds)
         )
-        rest -= batch
+        rest -= BATCH
         _mend(api)
         if _pids(instance) != pids:
             break
-        print(f"{findings.sent} frames, {dict(findings.kinds)}, "
-              f"{len(findings.problems)} problem(s)", flush=True)  # fmt: skip
+        if findings.sent % (5 * BATCH) < BATCH:
+            memory = sum(memory_of(pids).values())
+            print(f"{findings.sent} frames, {dict(findings.kinds)}, "
+                  f"{len(findings.problems)} problem(s), {memory:.0f} MiB", flush=True)  # fmt: skip
 
+    settled(instance)
     now = _pids(instance)
+    findings.memory_after = memory_of(now)
     for service, pid in pids.items():
         if now.get(service) != pid:
             findings.problems.append(f"{service} was restarted: {pid} -> {now.get(service)}")
     findings.problems += list(_traces(instance))
     return findings
+
+
+def memory_of(pids: Mapping[str, int]) -> dict[str, float]:
+    """Proportional share of memory (PSS) of each process, in MiB."""
+    found = {}
+    for service, pid in pids.items():
+        with contextlib.suppress(OSError):
+            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            kib = re.search(r"^Pss:\s+(\d+) kB", rollup, re.M)
+            found[service] = round(int(kib[1]) / 1024, 1) if kib else 0.0
+    return found
 
 
 def _pids(instance: Instance) -> dict[str, int]:
@@ -578,7 +654,13 @@ def main() -> int:
         findings = fuzz(instance, args.frames, args.seed, args.seconds)
     took = time.monotonic() - began
     print(f"{findings.sent} frames in {took:.0f} s: {dict(findings.kinds)}")
-    print(f"slowest answer {findings.slowest[0]:.2f} s: {findings.slowest[1]!r}")
+    print(f"sockets {dict(findings.sockets)}; slowest answer {findings.slowest[0]:.2f} s: "
+          f"{findings.slowest[1]!r}")  # fmt: skip
+    never = [
+        call.name for call in calls.all_calls() if not (call.stream or findings.done[call.name])
+    ]
+    print(f"{len(findings.done)} calls of the table were carried out, never: {' '.join(never)}")
+    print(f"memory, MiB PSS: before {findings.memory_before}, after {findings.memory_after}")
     for problem in findings.problems:
         print(f"problem: {problem}")
     print(f"{len(findings.problems)} problem(s)")
