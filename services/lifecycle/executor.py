@@ -29,7 +29,7 @@ from bulkhead.model.refusal import Refusal
 from bulkhead.model.specs import KillSpec, OperationSpec
 from bulkhead.model.view import View
 from services.lifecycle import failpoint_table  # noqa: F401 - declares what hit() names
-from services.lifecycle.core import saga
+from services.lifecycle.core import facts, saga
 from services.lifecycle.core.saga import Failure, Move
 from services.lifecycle.participants import Participants
 
@@ -38,6 +38,8 @@ _R = TypeVar("_R")
 
 REGISTRY_TIMEOUT_S = 10.0
 START_PATIENCE_S = 5.0
+# How long a step waits for facts that are lost when the registry starts anew.
+FACTS_PATIENCE_S = 10.0
 
 
 class StepFailed(Exception):
@@ -404,6 +406,7 @@ class Executor:
         while True:
             context = self._context(operation, step.name, attempts)
             try:
+                await self._reported(operation)
                 hit("lifecycle.step.before")
                 outcome = await self.steps[operation.kind, step.name].forward(context)
                 hit("lifecycle.step.after")
@@ -430,6 +433,17 @@ class Executor:
             failed.append(failure)
             return None
 
+    async def _reported(self, operation: Operation) -> None:
+        """Wait for the facts that the operation reads; BusError UNAVAILABLE without them."""
+        deadline = time.monotonic() + FACTS_PATIENCE_S
+        while service := facts.missing(self.replica.view, operation.kind):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise BusError(
+                    "UNAVAILABLE", "STARTING", f"{service} has not told yet what there is"
+                )
+            await self.changed(left)
+
     async def _compensate(self, operation: Operation, problem: Problem) -> None:
         """Undo the steps up to the cursor, last first, then end."""
         row = OPERATIONS[operation.kind]
@@ -441,6 +455,7 @@ class Executor:
             while True:
                 context = self._context(operation, step.name, 1000 + attempts)
                 try:
+                    await self._reported(operation)
                     hit("lifecycle.undo.before")
                     await self.steps[operation.kind, step.name].undo(context)
                     hit("lifecycle.undo.after")

@@ -13,9 +13,11 @@ from bulkhead.model.records import (
     Assignment,
     DeviceFact,
     FactPut,
+    FactRemoved,
     HostFact,
     KernelFact,
     Phase,
+    PoolFact,
     PowerFact,
     Qube,
     QubePut,
@@ -23,8 +25,9 @@ from bulkhead.model.records import (
     SystemPut,
 )
 from bulkhead.model.refusal import Refusal
+from bulkhead.model.specs import KINDS
 from bulkhead.model.view import View
-from services.lifecycle.core import boot, guest_keys, stops
+from services.lifecycle.core import boot, facts, guest_keys, stops
 from services.lifecycle.participants import domain_message
 
 TMPL = "00000000-0000-4000-8000-000000000001"
@@ -272,3 +275,13 @@ def test_silence_is_looked_into_only_after_domains_has_reported(view: View) -> N
     silent.apply_all(new_store("/pool", True))
     silent.apply(QubePut(record(view, WORK)))
     assert list(stops.unaccounted(silent)) == []
+
+
+def test_a_start_waits_for_reports_and_a_create_does_not(view: View) -> None:
+    assert facts.missing(view, "START") == "storage"
+    view.apply(FactPut(PoolFact("linux-kernel")))
+    assert facts.missing(view, "START") == ""
+    view.apply(FactRemoved("host"))
+    assert facts.missing(view, "START") == facts.missing(view, "STOPPED") == "domains"
+    assert facts.missing(view, "CREATE") == facts.missing(view, "KILL") == ""
+    assert set(KINDS) >= facts.READ_HOST | facts.READ_POOLS
