@@ -145,7 +145,8 @@ class Pool:
         """React to one entry; called after the view holds it."""
         view = self._view
         if entry.resync:
-            self.start(refill=False)
+            # What asked for more may be among the events that were lost.
+            self.start(refill=True)
             return
         touched: dict[str, None] = {}
         for change in entry.changes:
