@@ -38,7 +38,7 @@ from bulkhead.model.records import (
 )
 from bulkhead.model.refusal import Refusal
 from services.adminapi.adapters.paused_list import PausedList
-from services.adminapi.backend import Backend, OperationFailed
+from services.adminapi.backend import Backend
 from services.adminapi.callers import Callers
 from services.adminapi.core import requests, volumes
 from services.adminapi.core.checks import Checked
@@ -53,6 +53,7 @@ from services.adminapi.core.reads import (
     listed,
     qube_record,
 )
+from services.adminapi.host_suspend import HostSuspend
 
 # A disposable may have to be started before it is handed out.
 DISPOSABLE_S = 300.0
@@ -69,7 +70,7 @@ class Actions:
     def __init__(self, backend: Backend, policy: Policy, paused: PausedList) -> None:
         self._backend = backend
         self._policy = policy
-        self._paused = paused
+        self._host_suspend = HostSuspend(backend, paused)
         self._tokens = volumes.CopyTokens()
         self.callers: Callers | None = None
 
@@ -472,48 +473,14 @@ class Actions:
     # ---- suspend of the host
 
     async def suspend_pre(self, request: Checked) -> str:
-        """Suspend every running qube; remember those that are paused."""
-        view = self._backend.view
-        states = {q.name: power_state(view, q) for q in view.qubes() if _has_power(q)}
-        paused = [name for name, state in states.items() if state in ("Paused", "Suspended")]
-        await asyncio.to_thread(self._paused.save, paused)
-        running = [name for name, state in states.items() if state in ("Running", "Transient")]
-        await self._each(running, specs.SuspendSpec, request, "suspended")
+        """Drop what is preloaded, tell the guests, suspend every running qube."""
+        await self._host_suspend.before(request.source.name)
         return ""
 
     async def suspend_post(self, request: Checked) -> str:
-        """Wake up what suspend_pre suspended."""
-        before = await asyncio.to_thread(self._paused.load)
-        view = self._backend.view
-        asleep = [
-            q.name
-            for q in view.qubes()
-            if _has_power(q)
-            and q.name not in before
-            and power_state(view, q) in ("Paused", "Suspended")
-        ]
-        await self._each(asleep, specs.ResumeSpec, request, "resumed")
+        """Wake up what suspend_pre suspended, tell the guests, preload again."""
+        await self._host_suspend.after(request.source.name)
         return ""
-
-    async def _each(
-        self,
-        names: list[str],
-        kind: type[specs.SuspendSpec] | type[specs.ResumeSpec],
-        request: Checked,
-        done: str,
-    ) -> None:
-        results = await asyncio.gather(
-            *(self._backend.operate(kind(name), request.source.name) for name in names),
-            return_exceptions=True,
-        )
-        failed = []
-        for name, result in zip(names, results, strict=True):
-            if isinstance(result, OperationFailed | Refusal | WireRefusal | BusError):
-                failed.append(name)
-            elif isinstance(result, BaseException):
-                raise result
-        if failed:
-            raise WireRefusal("SUSPEND_FAILED", f"could not be {done}: {', '.join(failed)}")
 
     # ---- what guests report
 
@@ -535,7 +502,11 @@ class Actions:
         )
         await self._backend.announce(qube.uuid, qube.run.boot_id, (event,))
         for command in list(requests.wishes(view, qube, features)):
-            await self._backend.mutate(command, qube.name)
+            try:
+                await self._backend.mutate(command, qube.name)
+            except BusError as error:
+                if not requests.may_be_refused(command, error.reason):
+                    raise
         installed = features.get("qrexec") == "1" and "qrexec" not in qube.features
         if installed and template_of(view, qube) is None:
             done = WireEvent(qube.name, "template-postinstall", (), qube.uuid)
@@ -573,10 +544,6 @@ class Actions:
 
 def _boot(qube: Qube) -> domains_pb2.BootRef:
     return domains_pb2.BootRef(uuid=qube.uuid, boot_id=qube.run.boot_id)
-
-
-def _has_power(qube: Qube) -> bool:
-    return qube.klass not in ("AdminVM", "RemoteVM")
 
 
 def _networked(qube: Qube) -> None:

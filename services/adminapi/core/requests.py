@@ -72,7 +72,7 @@ _BOOT_MODE_CHOICES = (
     "boot-mode.standalone-default",
 )
 _BOOT_MODE_LIMIT = 64
-_WINDOWS_PROPERTIES = {"maxmem": "0", "qrexec_timeout": "6000"}
+_WINDOWS_PROPERTIES = {"qrexec_timeout": "6000", "maxmem": "0"}
 
 
 def check_features(untrusted_keys: Mapping[str, str]) -> dict[str, str]:
@@ -166,11 +166,21 @@ def boot_modes(qube: Qube, features: Mapping[str, str]) -> Iterator[specs.Comman
 
 def _windows(qube: Qube) -> Iterator[specs.Command]:
     yield specs.SetFeature(qube.name, "rpc-clipboard", "1")
-    for name, value in _WINDOWS_PROPERTIES.items():
-        yield specs.SetProperty(qube.name, name, value)
     for name, value in _WINDOWS_FEATURES.items():
         if name not in qube.features:
             yield specs.SetFeature(qube.name, name, value)
+    # Last: a memory limit may be refused while the qube runs.
+    for name, value in _WINDOWS_PROPERTIES.items():
+        yield specs.SetProperty(qube.name, name, value)
+
+
+def may_be_refused(command: specs.Command, reason: str) -> bool:
+    """A wish that waits for a halted qube must not take the others with it."""
+    return (
+        isinstance(command, specs.SetProperty)
+        and command.name == "maxmem"
+        and reason == "QUBE_NOT_HALTED"
+    )
 
 
 def _supported(qube: Qube, features: Mapping[str, str], prefix: str) -> Iterator[specs.Command]:
