@@ -112,6 +112,22 @@ def test_template_property_reaches_children_that_use_the_default(w: World) -> No
     ]
 
 
+def test_disposables_are_told_of_what_their_template_has_from_its_own(w: World) -> None:
+    w.create("d1", klass="DispVM", template="dvm")
+    w.create("d2", klass="DispVM", template="dvm")
+    w.set("d2", "vcpus", "1")
+    assert names(w.set("tmpl", "vcpus", "4").events)[1:3] == [
+        "dvm:property-reset:vcpus",
+        "d1:property-reset:vcpus",
+    ]
+    assert names(w.set("dvm", "vcpus", "3").events) == [
+        "dvm:property-pre-set:vcpus",
+        "d1:property-reset:vcpus",
+        "dvm:property-set:vcpus",
+    ]
+    assert "d1:property-reset:vcpus" not in names(w.set("tmpl", "vcpus", "5").events)
+
+
 def test_guivm_moves_its_tag_before_set(w: World) -> None:
     assert names(w.set("work", "guivm", "vault").events) == [
         "work:property-pre-set:guivm",

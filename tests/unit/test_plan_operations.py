@@ -862,6 +862,13 @@ def test_clone_volume(w: World) -> None:
     assert names(events)[-1] == "alone:domain-import-volume"
 
 
+def test_clone_of_a_volume_that_starts_anew_takes_its_templates(w: World) -> None:
+    operation = w.begin(CloneVolumeSpec("work", "root", "alone", "root")).operation
+    assert set(operation.subjects) == {w.qube("alone").uuid, w.qube("tmpl").uuid}
+    assert operation.data["source_qube"] == "tmpl"
+    assert operation.data["source_vid"] == "vm-templates/tmpl/root"
+
+
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
@@ -875,7 +882,7 @@ def test_clone_volume(w: World) -> None:
         (ImportSpec("vault", "private"), "QUBE_NOT_HALTED"),
         (ImportSpec("work", "root"), "VOLUME_REFUSED"),
         (CloneVolumeSpec("work", "private", "vault", "private"), "QUBE_NOT_HALTED"),
-        (CloneVolumeSpec("work", "root", "dvm", "private"), "VOLUME_REFUSED"),
+        (CloneVolumeSpec("work", "volatile", "dvm", "private"), "VOLUME_REFUSED"),
         (CloneVolumeSpec("work", "private", "work", "private"), "VOLUME_REFUSED"),
         (CloneVolumeSpec("nosuch", "private", "work", "private"), "QUBE_NOT_FOUND"),
         (ResizeSpec("dom0", "root", 5), "VOLUME_NOT_FOUND"),

@@ -220,7 +220,11 @@ def _subjects(draft: Draft, spec: OperationSpec, fresh: Fresh) -> tuple[str, ...
             return (spec.uuid,)
         case CloneVolumeSpec():
             mine = _named(draft, spec.qube).uuid
-            theirs = _named(draft, spec.source_qube).uuid
+            source = _named(draft, spec.source_qube)
+            volume = source.volume(spec.source_volume)
+            if volume is not None:
+                source, _ = storage.kept_by(draft.view, source, volume)
+            theirs = source.uuid
             return (mine, theirs) if theirs != mine else (mine,)
         case PoolAddSpec():
             return (f"pool/{spec.pool.name}",)

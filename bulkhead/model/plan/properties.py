@@ -165,10 +165,16 @@ def _consequences(draft: Draft, qube: Qube, row: PropertyRow, new: Value, old: O
             for child in children(view, qube):
                 if is_default(view, child, "bootmode"):
                     draft.emit(events.value_changed(child, "bootmode"))
-    if row.propagates and qube.klass == TEMPLATE and new != old:
-        for child in children(view, qube):
-            if has_property(child.klass, name) and is_default(view, child, name):
-                draft.emit(events.value_changed(child, name))
+    if row.propagates and new != old:
+        _inherited(draft, qube, name)
+
+
+def _inherited(draft: Draft, template: Qube, name: str) -> None:
+    """Who has the property from the template, disposables from theirs in turn."""
+    for child in children(draft.view, template):
+        if has_property(child.klass, name) and is_default(draft.view, child, name):
+            draft.emit(events.value_changed(child, name))
+            _inherited(draft, child, name)
 
 
 def _relays_changed(draft: Draft, *relays: OldValue) -> None:

@@ -66,6 +66,8 @@ from bulkhead.model.view import View
 SIZE_LIMIT = 2**63 - 1
 # In the data of a CLONE_VOLUME whose target keeps nothing: no step copies anything.
 NOTHING_COPIED = "nothing_copied"
+# In the data of a CLONE_VOLUME: who keeps what is copied.
+SOURCE_QUBE = "source_qube"
 # Booleans of a new pool; Set knows more words, and writes the first of these.
 _POOL_WORDS = frozenset({"True", "1", "on", "False", "0", "off", ""})
 _OPTION = "option/"  # of the disk, in the data of an operation
@@ -196,6 +198,7 @@ def begin_clone_volume(
         )
     _lasting(view, qube, volume, "replaced by a copy")
     need_halted(view, qube, f"replace volume {volume.name}")
+    source, original = kept_by(view, source, original)
     if is_kernel_volume(view, original) or not original.save_on_stop:
         raise _refused(source, original, "keeps no data of its own, so it cannot be copied")
     if original.snapshots_disabled and source.run.phase is not Phase.HALTED:
@@ -204,8 +207,25 @@ def begin_clone_volume(
         raise _refused(qube, volume, "cannot be a copy of itself")
     return replace(
         operation,
-        data={**operation.data, "source_vid": original.vid, "source_size": str(original.size)},
+        data={
+            **operation.data,
+            "source_vid": original.vid,
+            "source_size": str(original.size),
+            SOURCE_QUBE: source.name,
+        },
     )
+
+
+def kept_by(view: View, qube: Qube, volume: Volume) -> tuple[Qube, Volume]:
+    """Who keeps the data that a copy of the volume takes: a snapshot that is made anew at
+    each start has none of its own, so its template, or that one's."""
+    for _ in range(8):  # longer chains cannot be made
+        template = view.qube(qube.properties.get("template", ""))
+        theirs = template.volume(volume.name) if template is not None else None
+        if template is None or theirs is None or volume.save_on_stop or not volume.snap_on_start:
+            break
+        qube, volume = template, theirs
+    return qube, volume
 
 
 def end_clone_volume(

@@ -13,7 +13,7 @@ from bulkhead import codec
 from bulkhead.api import domains_pb2, storage_pb2
 from bulkhead.bus.errors import BusError
 from bulkhead.model.evaluate import is_running
-from bulkhead.model.plan.storage import NOTHING_COPIED
+from bulkhead.model.plan.storage import NOTHING_COPIED, SOURCE_QUBE
 from bulkhead.model.records import Problem, Qube
 from bulkhead.model.specs import (
     ClearSpec,
@@ -161,7 +161,8 @@ class CloneVolume(_Once):
         assert isinstance(spec, CloneVolumeSpec)
         if NOTHING_COPIED in context.operation.data:
             return Outcome()
-        _, source = _volume(context, spec.source_qube, spec.source_volume)
+        keeper = context.operation.data.get(SOURCE_QUBE, spec.source_qube)
+        _, source = _volume(context, keeper, spec.source_volume)
         qube, target = _volume(context, spec.qube, spec.volume)
         await context.participants.storage.clone_volume(
             storage_pb2.CloneVolumeRequest(
