@@ -28,7 +28,7 @@ from bulkhead.model.features import netvm_name
 from bulkhead.model.grammar import shown
 from bulkhead.model.memory import hotplug_usable
 from bulkhead.model.properties import INT_LIMIT, REMOTE, TEMPLATE, PropertyRow, has_property
-from bulkhead.model.records import Phase, Qube
+from bulkhead.model.records import OperationState, Phase, Qube
 from bulkhead.model.refusal import Refusal
 from bulkhead.model.view import View
 
@@ -400,12 +400,22 @@ _SYSTEM_SETTERS: Mapping[str, _Setter] = {
 # ---- guards: what forbids a valid value now
 
 
+def kernel_goes(view: View, name: str) -> bool:
+    """The kernel's removal has begun: nothing uses it, and nothing may begin to."""
+    return any(
+        operation.kind == "KERNEL_REMOVE" and operation.state is not OperationState.QUEUED
+        for operation in view.operations_on(f"kernel/{name}")
+    )
+
+
 def _guard_kernel(view: View, qube: Holder, text: str) -> None:
     if not text:
         return
     kernel = view.kernel(text)
     if kernel is None:
         problem = f"Kernel '{shown(text)}' not installed"
+    elif kernel_goes(view, text):
+        problem = f"Kernel '{shown(text)}' is being removed"
     elif not kernel.has_vmlinuz:
         problem = f"Kernel '{shown(text)}' not properly installed: missing 'vmlinuz' file"
     else:

@@ -854,13 +854,23 @@ class StorageHandlers:
                 f"removal of kernel {request.name}",
                 lambda driver, _: driver.kernel_remove(request.name, key),
             )
-            await self._show(call)
+            if not await self._show(call):
+                # Not done before the registry knows: it would let it be chosen again.
+                raise StorageRefusal(
+                    "POOL_TIMEOUT",
+                    f"kernel {request.name} is removed, but the registry has not heard of it",
+                    kernel=request.name,
+                )
         return storage_pb2.KernelRemoveReply()
 
-    async def _show(self, call: Call) -> None:
-        """Let the registry know of a change of kernels before its caller does."""
-        with contextlib.suppress(TimeoutError):
+    async def _show(self, call: Call) -> bool:
+        """Let the registry know of a change of kernels before its caller does; whether it
+        does in time."""
+        try:
             await self._watch.told(min(TOLD_S, call.deadline.remaining()))
+        except TimeoutError:
+            return False
+        return True
 
     async def stop_transfers(self) -> None:
         """Close the data socket; for the end of the process."""

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
+from clients.cli.instance import kernels
 from services.domains.simhv.client import SimControl
 from tests.instance import Instance, Reply, running
 from tests.integration.adminapi_world import KERNEL, add_kernel
@@ -42,10 +43,10 @@ class World:
         return self.threads.submit(self.instance.call, method, dest, arg, timeout=120.0)
 
     def under_way(self, name: str, kind: str, state: str, step: str = "") -> str:
-        """Id of such an operation on the qube; "" without one."""
+        """Id of such an operation on the qube ("" = any, or none); "" without one."""
         for line in self.instance.ok("bulkhead.op.List").splitlines():
             row = json.loads(line)
-            if step not in ("", row["step"]) or name not in row["qubes"]:
+            if step not in ("", row["step"]) or (name and name not in row["qubes"]):
                 continue
             if (row["kind"], row["state"]) == (kind, state):
                 return str(row["id"])
@@ -150,6 +151,51 @@ def test_nobody_waits_behind_an_import_whose_place_is_being_made(world: World) -
     )
     assert reply.kind == "exc"
     world.instance.ok("admin.vm.Remove", "imported")
+
+
+def test_a_kernel_that_goes_is_chosen_by_nobody(world: World) -> None:
+    instance = world.instance
+    source = instance.root / "kernel-other"
+    source.write_bytes(bytes(4096))
+    kernels.add(instance.settings, "other", vmlinuz=source, initramfs=None, modules=None)
+    world.make("chooser")
+    storage = instance.pid("storage")
+    os.kill(storage, signal.SIGSTOP)
+    try:
+        removal = world.threads.submit(
+            instance.call, "bulkhead.kernel.Remove", arg="other", timeout=120.0
+        )
+        world.until(lambda: world.under_way("", "KERNEL_REMOVE", "running"), "it is under way")
+        for reply in (
+            instance.call("admin.property.Set", "dom0", "default_kernel", b"other"),
+            instance.call("admin.vm.property.Set", "chooser", "kernel", b"other"),
+        ):
+            assert (reply.kind, reply.exception) == ("exc", "QubesPropertyValueError")
+    finally:
+        os.kill(storage, signal.SIGCONT)
+    assert removal.result(SOON_S).kind == "ok"
+    # The other way round: what is chosen stays.
+    kernels.add(instance.settings, "other", vmlinuz=source, initramfs=None, modules=None)
+    instance.ok("admin.vm.property.Set", "chooser", "kernel", b"other")
+    reply = instance.call("bulkhead.kernel.Remove", arg="other")
+    assert (reply.kind, reply.exception) == ("exc", "QubesVMInUseError")
+    assert "other" in instance.ok("bulkhead.kernel.List")
+
+
+def test_choosers_and_removers_of_a_kernel_race(world: World) -> None:
+    """Whoever comes first: no property ever names a kernel that is not there."""
+    instance = world.instance
+    source = instance.root / "kernel-raced"
+    source.write_bytes(bytes(4096))
+    for _ in range(12):
+        if "raced" not in instance.ok("bulkhead.kernel.List"):
+            kernels.add(instance.settings, "raced", vmlinuz=source, initramfs=None, modules=None)
+        remove = world.threads.submit(instance.call, "bulkhead.kernel.Remove", arg="raced")
+        chosen = instance.call("admin.property.Set", "dom0", "default_kernel", b"raced")
+        removed = remove.result(SOON_S)
+        assert (chosen.kind == "ok") != (removed.kind == "ok"), (chosen, removed)
+        assert ("raced" in instance.ok("bulkhead.kernel.List")) == (chosen.kind == "ok")
+        instance.ok("admin.property.Set", arg="default_kernel", payload=KERNEL.encode())
 
 
 def test_a_kill_that_cannot_be_done_says_so_and_is_done_later(world: World) -> None:

@@ -941,6 +941,24 @@ def test_kernels(w: World) -> None:
     assert w.run(KernelRemoveSpec("7.0")) == []
 
 
+def test_a_kernel_whose_removal_has_begun_is_chosen_by_nobody(w: World) -> None:
+    w.view.apply(FactPut(KernelFact("7.0")))
+    removal = w.begin(KernelRemoveSpec("7.0")).operation
+    late = w.begin(KernelRemoveSpec("7.0")).operation
+    assert late.state is OperationState.QUEUED
+    for holder, name in (("", "default_kernel"), ("work", "kernel")):
+        refusal = refused(lambda: w.set(holder, name, "7.0"))  # noqa: B023
+        assert refusal.reason == "INVALID_PROPERTY_VALUE"
+        assert "removed" in refusal.message
+    # It stays after all; one that only waits for its turn looks again when that comes.
+    w.end(removal, FAILED, error=BOOM)
+    running = w.view.operations[late.id]
+    assert running.state is OperationState.RUNNING
+    w.end(running, FAILED, error=BOOM)
+    w.set("work", "kernel", "7.0")
+    no_change(w, KernelRemoveSpec("7.0"), "QUBE_IN_USE")
+
+
 # ---- locks and queue
 
 
