@@ -170,3 +170,24 @@ class DispvmHandlers:
         template = disposable_template(self.replica.view, request.template)
         await self.pool.request(template, request.reason or "it was requested")
         return dispvm_pb2.RequestPreloadReply()
+
+    async def suspend_preloads(
+        self,
+        request: dispvm_pb2.SuspendPreloadsRequest,  # noqa: ARG002 - it says nothing
+        call: Call,
+    ) -> dispvm_pb2.SuspendPreloadsReply:
+        """Remove what waits and begin no more; answers when they are gone, or time is up."""
+        await self._begun(call)
+        await self.pool.suspend(call.deadline.remaining())
+        call.revision, call.seq = self.replica.revision, self.replica.seq
+        return dispvm_pb2.SuspendPreloadsReply()
+
+    async def resume_preloads(
+        self,
+        request: dispvm_pb2.ResumePreloadsRequest,  # noqa: ARG002 - it says nothing
+        call: Call,
+    ) -> dispvm_pb2.ResumePreloadsReply:
+        """Preload again."""
+        await self._begun(call)
+        self.pool.resume()
+        return dispvm_pb2.ResumePreloadsReply()

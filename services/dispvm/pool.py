@@ -66,6 +66,11 @@ SERVICE_GRACE_S = 5.0
 DISCARD_ATTEMPTS = 4
 DISCARD_PAUSE_S = 2.0
 RECOVERY_DELAY_S = 1.0
+# How long the host may be awake between the two calls of a suspend; its clock stands
+# still while it sleeps.
+HOLD_S = 120.0
+# What is left of a call's time when the removals are not waited for any more.
+ANSWER_S = 5.0
 
 
 @dataclass(slots=True)
@@ -113,6 +118,8 @@ class Pool:
         self._queued: dict[str, asyncio.Task[None]] = {}
         self._due: dict[str, tuple[float, asyncio.Handle]] = {}
         self._closing = False
+        # Set while the host is suspended: nothing is begun.
+        self._held: asyncio.TimerHandle | None = None
 
     @property
     def _view(self) -> View:
@@ -132,6 +139,8 @@ class Pool:
     async def close(self) -> None:
         """Stop working; what is under way is found by the next start."""
         self._closing = True
+        if self._held is not None:
+            self._held.cancel()
         for _, handle in self._due.values():
             handle.cancel()
         tasks = (*self._tasks, *self._discards.values(), *self._fills.values())
@@ -214,6 +223,31 @@ class Pool:
         self._items[qube.uuid] = item
         return item
 
+    # ---- the host sleeps
+
+    async def suspend(self, timeout: float) -> None:
+        """Remove all that wait, and what is being made; make no more until resume()."""
+        if self._held is not None:
+            self._held.cancel()
+        self._held = asyncio.get_running_loop().call_later(HOLD_S, self.resume)
+        view = self._view
+        for template in list(preload.templates(view)):
+            for qube in preload.listed(view, template):
+                if not self._claimed(qube):
+                    self._discard(qube.uuid)
+        going = {*self._discards.values(), *self._fills.values()}
+        if going:
+            await asyncio.wait(going, timeout=max(0.0, timeout - ANSWER_S))
+
+    def resume(self) -> None:
+        """Fill what is short; nothing happens where nothing was held."""
+        if self._held is None:
+            return
+        self._held.cancel()
+        self._held = None
+        for template in list(preload.templates(self._view)):
+            self._schedule(template, 0, "the host woke up")
+
     # ---- filling
 
     def _schedule(
@@ -284,7 +318,7 @@ class Pool:
 
     async def _fill(self, identity: str, reason: str) -> None:
         template = self._view.by_uuid(identity)
-        if template is None:
+        if template is None or self._held is not None:
             return
         if not preload.vacancy(self._view, template):
             return
@@ -332,7 +366,7 @@ class Pool:
         self._items[item.uuid] = item
         try:
             hit("dispvm.make.after_create")
-            if item.uuid in self._discards:
+            if item.uuid in self._discards or self._held is not None:
                 item.dead = True
                 raise _gone(item)
             await self._operations.finish(StartSpec(item.name), _own(), OPERATION_TIMEOUT_S)

@@ -22,9 +22,13 @@ class PausedList:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_file(self._path, "".join(f"{name}\n" for name in names).encode(), 0o640)
 
-    def load(self) -> set[str]:
-        """The list, empty where there is none."""
+    def load(self) -> set[str] | None:
+        """The list; None where there is none."""
         try:
             return set(self._path.read_text().split())
         except FileNotFoundError:
-            return set()
+            return None
+
+    def forget(self) -> None:
+        """Take the list away; nothing happens where there is none."""
+        self._path.unlink(missing_ok=True)
