@@ -18,6 +18,7 @@ from services.adminapi.adapters.gateway import (
     Gateway,
     bind_socket,
     inherited_sockets,
+    room_for_connections,
 )
 from services.adminapi.adapters.paused_list import PausedList
 from services.adminapi.audit_exporter import AuditExporter
@@ -54,7 +55,7 @@ async def build(context: ServiceContext) -> AdminApi:
     callers = Callers(CallerSockets(context.settings.callers_dir), backend.replica)
     actions.callers = callers
     api.confine(callers, policy, gone)
-    gateway = Gateway(api)
+    gateway = Gateway(api, limit=room_for_connections(), counters=api.counters)
     inherited = os.environ.get(LISTEN_FDS_VARIABLE, "")
     if inherited:
         sockets = inherited_sockets(inherited)

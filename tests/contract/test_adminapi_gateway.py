@@ -224,7 +224,7 @@ def test_the_oldest_unfinished_request_makes_room(
         idle = [await asyncio.open_unix_connection(str(world.path)) for _ in range(2)]
         assert (await world.ask("admin.label.List")).startswith(b"0\0")
         assert await asyncio.wait_for(idle[0][0].read(), 10) == b""
-        assert world.gateway.dropped_for_room == 1
+        assert world.gateway.counters["dropped_for_room"] == 1
         for _, writer in idle:
             writer.close()
 
@@ -465,7 +465,7 @@ def test_a_slow_reader_ends_with_a_reason(run: Runner, monkeypatch: pytest.Monke
             slow.shutdown(socket.SHUT_WR)
             event = WireEvent("", "pool-add", (("pool", "x" * 1000),))
             async with asyncio.timeout(20):
-                while not world.gateway.slow_readers:
+                while not world.gateway.counters["slow_readers"]:
                     world.replica.tell(*[event] * 20)
                     await asyncio.sleep(0.001)
             received = b""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import select
 import socket
 from collections.abc import Callable, Mapping
@@ -23,8 +24,15 @@ LISTEN_FDS_VARIABLE = "BULKHEAD_LISTEN_FDS"
 # Connections at once. Beyond it the oldest one that has not finished its request goes;
 # when all have, the newcomer is told so.
 CONNECTION_LIMIT = 4096
+# Descriptors that are not for clients: the bus, files, the sockets themselves.
+RESERVED_FDS = 256
+# Bytes of requests that are not complete, all together; beyond it the oldest ones go.
+INCOMPLETE_BYTES = 32 * 1024 * 1024
 # Bytes that may wait for a stream's reader.
 STREAM_BUFFER = 2 * 1024 * 1024
+# Bytes that may wait for all readers together, looked at once so many have been written.
+WAITING_BYTES = 64 * 1024 * 1024
+SURVEY_BYTES = 4 * 1024 * 1024
 # Seconds that a reader has to take a reply, or what is left of an ended stream.
 FLUSH_S = 60.0
 _BACKLOG = 1024
@@ -76,6 +84,22 @@ class Peer(asyncio.Protocol):
         self.on_gone: Callable[[], None] | None = None
 
     @property
+    def size(self) -> int:
+        """Bytes of the request so far."""
+        return self._size
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that the reader has not taken."""
+        transport = self._transport
+        return transport.get_write_buffer_size() if transport is not None else 0
+
+    @property
+    def answered(self) -> bool:
+        """Nothing more will be written."""
+        return self._answered
+
+    @property
     def socket_name(self) -> str:
         """Of the listening socket that the connection came through."""
         return self._name
@@ -90,11 +114,12 @@ class Peer(asyncio.Protocol):
         if self._received:
             return
         self._size += len(untrusted_data)
-        if self._size > REQUEST_LIMIT:
-            self._buffer.clear()
-            self.drop()
-            return
         self._buffer.append(untrusted_data)
+        if self._size > REQUEST_LIMIT:
+            self.drop()
+        self._gateway.received(len(untrusted_data))
+        if self._answered:  # dropped, for its size or to make room
+            self._buffer.clear()
 
     def eof_received(self) -> bool:
         if self._received or self._answered:
@@ -138,6 +163,7 @@ class Peer(asyncio.Protocol):
         transport.close()
         if transport.get_write_buffer_size():
             self._flush_within(FLUSH_S)
+            self._gateway.written(len(data))
 
     def drop(self) -> None:
         """Close without a byte."""
@@ -163,10 +189,16 @@ class Peer(asyncio.Protocol):
         if self.gone or self._answered or transport is None:
             return
         if transport.get_write_buffer_size() + len(data) > STREAM_BUFFER:
-            self._gateway.slow_readers += 1
-            self.end(self._gateway.application.too_slow())
+            self.too_slow()
             return
         transport.write(data)
+        if transport.get_write_buffer_size():
+            self._gateway.written(len(data))
+
+    def too_slow(self) -> None:
+        """End the stream with the reason: its reader is too far behind."""
+        self._gateway.counters["slow_readers"] += 1
+        self.end(self._gateway.application.too_slow())
 
     def end(self, data: bytes = b"") -> None:
         """The last bytes of a stream; then close."""
@@ -191,10 +223,21 @@ class Peer(asyncio.Protocol):
 class Gateway:
     """Listens on the Admin API sockets and hands frames to the application."""
 
-    def __init__(self, application: Application) -> None:
+    def __init__(
+        self,
+        application: Application,
+        *,
+        limit: int = 0,
+        counters: dict[str, int] | None = None,
+    ) -> None:
+        """limit: connections at once, 0 = CONNECTION_LIMIT; counters: where to count."""
         self.application = application
-        self.slow_readers = 0
-        self.dropped_for_room = 0
+        self.counters = counters if counters is not None else {}
+        for name in ("connections", "slow_readers", "dropped_for_room", "reset_for_room"):
+            self.counters.setdefault(name, 0)
+        self._limit = limit or CONNECTION_LIMIT
+        self._incoming = 0
+        self._unread = 0
         self._loop = asyncio.get_running_loop()
         self._servers: dict[str, asyncio.AbstractServer] = {}
         self._peers: set[Peer] = set()
@@ -248,22 +291,63 @@ class Gateway:
         """A connection was made; make room where there is none."""
         self._peers.add(peer)
         self._incomplete[peer] = None
-        if len(self._peers) > CONNECTION_LIMIT:
+        self.counters["connections"] = len(self._peers)
+        if len(self._peers) > self._limit:
             oldest = next(iter(self._incomplete))
-            self.dropped_for_room += 1
+            self.counters["dropped_for_room"] += 1
             if oldest is peer:
                 peer.turn_away()
             else:
                 oldest.drop()
 
+    def received(self, size: int) -> None:
+        """So many bytes of a request that is not complete; the oldest one goes where all
+        of them together are too much."""
+        self._incoming += size
+        while self._incoming > INCOMPLETE_BYTES:
+            oldest = next(peer for peer in self._incomplete if peer.size)
+            self.counters["dropped_for_room"] += 1
+            self._complete(oldest)
+            oldest.drop()
+
+    def written(self, size: int) -> None:
+        """So many bytes were written to a reader that is behind."""
+        self._unread += size
+        if self._unread > SURVEY_BYTES:
+            self._unread = 0
+            self._survey()
+
+    def _survey(self) -> None:
+        """Make room where too much waits for readers: first of what is only being flushed,
+        then of the streams that are furthest behind, which are told."""
+        behind = sorted(
+            ((peer.waiting, peer) for peer in self._peers if peer.waiting),
+            key=lambda row: (not row[1].answered, -row[0]),
+        )
+        excess = sum(waiting for waiting, _ in behind) - WAITING_BYTES
+        for waiting, peer in behind:
+            if excess <= 0:
+                break
+            if peer.answered:
+                self.counters["reset_for_room"] += 1
+                peer.hung_up()
+            else:
+                peer.too_slow()
+            excess -= waiting
+
     def requested(self, peer: Peer) -> None:
         """The peer's request is complete."""
-        self._incomplete.pop(peer, None)
+        self._complete(peer)
+
+    def _complete(self, peer: Peer) -> None:
+        if self._incomplete.pop(peer, peer) is None:
+            self._incoming -= peer.size
 
     def left(self, peer: Peer, fd: int) -> None:
         """The connection is closed; fd: what watch() was given, -1 = never watched."""
         self._peers.discard(peer)
-        self._incomplete.pop(peer, None)
+        self._complete(peer)
+        self.counters["connections"] = len(self._peers)
         if self._watched.get(fd) is peer:  # else the number is another connection's now
             del self._watched[fd]
             # The kernel forgets a closed descriptor by itself.
@@ -284,6 +368,21 @@ class Gateway:
             peer = self._watched.get(fd)
             if peer is not None and events & (select.EPOLLHUP | select.EPOLLERR):
                 peer.hung_up()
+
+
+def room_for_connections() -> int:
+    """Connections that this process may hold: it is allowed as many descriptors as it can
+    be, and what does not go to clients is set aside."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = CONNECTION_LIMIT + RESERVED_FDS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+    if soft == resource.RLIM_INFINITY:
+        return CONNECTION_LIMIT
+    return max(1, min(CONNECTION_LIMIT, soft - RESERVED_FDS))
 
 
 def inherited_sockets(text: str) -> dict[str, socket.socket]:
