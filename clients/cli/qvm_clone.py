@@ -28,6 +28,7 @@ def work(args: argparse.Namespace, api: AdminClient) -> int:
         klass=args.klass,
         pools=pool_words(args.pool),
         ignore_errors=args.ignore_errors,
+        devices=not args.ignore_devices,
         quiet=args.quiet,
     )
     return 0
@@ -42,25 +43,31 @@ def clone(
     pools: Sequence[str],
     ignore_errors: bool,
     quiet: bool,
+    devices: bool = True,
 ) -> None:
     """One operation of the daemon where it has it, else call by call.
 
-    klass "" = the source's; pools: words of pool_words().
+    klass "" = the source's; pools: words of pool_words(); devices: its assignments, too.
     """
     if source == name:
         raise tool.UsageError("the clone needs another name")
+    copy = Copy(api, source, name, ignore_errors=ignore_errors, devices=devices)
+    if not devices:
+        # The operation takes everything.
+        copy.run(klass, pools)
+        return
     words = [f"name={name}", *([f"class={klass}"] if klass else []), *pools]
     try:
         with tool.progress(api, f"cloning {source}", kind="CLONE", qube=source, quiet=quiet):
             api.call("bulkhead.vm.Clone", source, payload=" ".join(words).encode())
     except tool.UNKNOWN_CALL:
         # Refused for another reason, the first of these calls is refused for it too.
-        Copy(api, source, name, ignore_errors=ignore_errors).run(klass, pools)
+        copy.run(klass, pools)
     except exceptions.QubesValueError:
         # Not every change of class is one operation.
         if not klass or klass == _class_of(api, source):
             raise
-        Copy(api, source, name, ignore_errors=ignore_errors).run(klass, pools)
+        copy.run(klass, pools)
 
 
 def _class_of(api: AdminClient, name: str) -> str:
@@ -86,11 +93,14 @@ def pool_words(texts: Sequence[str]) -> list[str]:
 class Copy:
     """A clone made of the calls that release 4.4 has."""
 
-    def __init__(self, api: AdminClient, source: str, name: str, *, ignore_errors: bool) -> None:
+    def __init__(
+        self, api: AdminClient, source: str, name: str, *, ignore_errors: bool, devices: bool
+    ) -> None:
         self._api = api
         self._source = source
         self._name = name
         self._ignore = ignore_errors
+        self._with_devices = devices
 
     def run(self, klass: str, pools: Sequence[str]) -> None:
         """Create, copy, and remove again what could not be completed."""
@@ -104,7 +114,7 @@ class Copy:
                 self._notes,
                 self._firewall,
                 self._volumes,
-                self._devices,
+                *([self._devices] if self._with_devices else []),
             ):
                 copy()
         except BaseException:
@@ -222,4 +232,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument(
         "--ignore-errors", action="store_true", help="go on when something cannot be copied"
     )
+    made.add_argument("--ignore-devices", action="store_true", help="leave device assignments out")
     return tool.run(made, work, argv)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from clients.admin import AdminClient
 from clients.cli import qvm_clone, qvm_volume, tool
@@ -19,14 +20,15 @@ def work(args: argparse.Namespace, api: AdminClient) -> int:
     if not args.name:
         raise tool.UsageError("a name is needed")
     settings = dict(tool.pair("--property", text) for text in args.property)
-    label = args.label or settings.pop("label", "")
+    label = args.label or settings.pop("label", "red" if args.disp else "")
     template = args.template or settings.pop("template", "")
     for key, option in (("label", args.label), ("template", args.template), ("name", args.name)):
         if option and key in settings:
             raise tool.UsageError(f"{key} is given twice")
     if not label:
         raise tool.UsageError("a label is needed: --label red")
-    klass = "DispVM" if args.disp else args.klass
+    klass = "DispVM" if args.disp else "StandaloneVM" if args.standalone else args.klass
+    root = args.root_copy_from or args.root_move_from
     pools = qvm_clone.pool_words(args.pool)
     if template and klass == "StandaloneVM":
         qvm_clone.clone(
@@ -49,13 +51,13 @@ def work(args: argparse.Namespace, api: AdminClient) -> int:
             api.call("admin.vm.volume.Clear", args.name, "private")
         for key, value in settings.items():
             api.set(args.name, key, value)
-        if args.root_copy_from:
-            qvm_volume.bring(
-                api, f"{args.name}:root", args.root_copy_from, None, resize=True, quiet=args.quiet
-            )
+        if root:
+            qvm_volume.bring(api, f"{args.name}:root", root, None, resize=True, quiet=args.quiet)
     except BaseException:
         api.call("admin.vm.Remove", args.name)
         raise
+    if args.root_move_from:
+        Path(args.root_move_from).unlink()
     return 0
 
 
@@ -76,9 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     made = tool.parser("qvm-create", "Make a new qube.")
     made.add_argument("name", nargs="?", metavar="VMNAME")
-    made.add_argument("--class", "-C", dest="klass", default="AppVM", metavar="CLASS")
-    made.add_argument(
-        "--disp", action="store_true", help="a named disposable, the same as --class DispVM"
+    kind = made.add_mutually_exclusive_group()
+    kind.add_argument("--class", "-C", dest="klass", default="AppVM", metavar="CLASS")
+    kind.add_argument(
+        "--standalone", "-S", action="store_true", help="the same as --class StandaloneVM"
+    )
+    kind.add_argument(
+        "--disp", action="store_true", help="a named disposable: --class DispVM --label red"
     )
     made.add_argument("--label", "-l", metavar="LABEL")
     made.add_argument(
@@ -97,8 +103,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="POOL|VOLUME=POOL",
         help="where its volumes go",
     )
-    made.add_argument(
+    source = made.add_mutually_exclusive_group()
+    source.add_argument(
         "--root-copy-from", "-r", metavar="FILE", help="import its root volume from a file"
+    )
+    source.add_argument(
+        "--root-move-from", "-R", metavar="FILE", help="the same, and remove the file then"
     )
     made.add_argument("--help-classes", action="store_true", help="list classes")
     return tool.run(made, work, argv)

@@ -148,7 +148,9 @@ def find(api: AdminClient, devclass: str, text: str) -> Device:
 def list_work(args: argparse.Namespace, api: AdminClient) -> int:
     """Devices, and who uses them."""
     known = [line.name for line in api.qubes() if line.klass != "RemoteVM"]
-    for name in args.names:
+    if args.names and (args.all or args.exclude):
+        raise tool.UsageError("name qubes, or say --all, not both")
+    for name in [*args.names, *args.exclude]:
         if name not in known:
             raise tool.ToolError(f"there is no qube {name}")
     found: dict[tuple[str, str], Device] = {}
@@ -169,7 +171,10 @@ def list_work(args: argparse.Namespace, api: AdminClient) -> int:
     rows = []
     for key, device in sorted(found.items()):
         used = users.get(key, [])
-        if args.names and not {key[0], *(qube for qube, _ in used)} & set(args.names):
+        concerned = {key[0], *(qube for qube, _ in used)}
+        if args.names and not concerned & set(args.names):
+            continue
+        if concerned <= set(args.exclude):
             continue
         shown = ", ".join(f"{qube} ({how})" for qube, how in used)
         rows.append((device.shown, device.description, shown))
@@ -291,7 +296,7 @@ def classes_work(_args: argparse.Namespace, api: AdminClient) -> int:
 
 def _parser(name: str, devclass: str) -> argparse.ArgumentParser:
     made = tool.parser(name, "Look at devices, attach and assign them.")
-    made.set_defaults(work=list_work, names=[], assignments=False)
+    made.set_defaults(work=list_work, names=[], all=False, exclude=[], assignments=False)
     tool.json_option(made)
     if devclass:
         made.set_defaults(devclass=devclass)
@@ -302,6 +307,10 @@ def _parser(name: str, devclass: str) -> argparse.ArgumentParser:
     verb = command("list", "list devices", aliases=("ls", "l"))
     verb.set_defaults(work=list_work)
     verb.add_argument("names", nargs="*", metavar="VMNAME", help="that these offer or use")
+    verb.add_argument("--all", action="store_true", help="every qube, the default")
+    verb.add_argument(
+        "--exclude", action="append", default=[], metavar="VMNAME", help="but not of this one"
+    )
     verb.add_argument("--assignments", "-s", action="store_true", help="also who is assigned them")
     tool.json_option(verb, again=True)
 
@@ -316,7 +325,9 @@ def _parser(name: str, devclass: str) -> argparse.ArgumentParser:
     _give(verb)
     mode = verb.add_mutually_exclusive_group()
     mode.add_argument("--required", "-r", action="store_true", help="no start without it")
-    mode.add_argument("--ask", "--ask-to-attach", action="store_true", help="ask when it appears")
+    mode.add_argument(
+        "--ask", "--ask-to-attach", "-a", action="store_true", help="ask when it appears"
+    )
     verb.add_argument("--port", action="store_true", help="whatever is at that port")
     verb.add_argument(
         "--device", dest="only_device", action="store_true", help="that device at any port"

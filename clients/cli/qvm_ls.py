@@ -65,18 +65,30 @@ STATES: Mapping[str, str] = {
     "transient": "Transient",
 }
 NOTHING = "-"
+# Options that ask for more than a line of the list has.
+_NEED_VALUES = (
+    "label", "template_source", "netvm_is", "default_dispvm_is", "management_dispvm_is", "tags",
+    "features", "prefs", "internal", "servicevm", "pending_update", "updateable", "tree",
+)  # fmt: skip
 
 
 class Row:
     """One qube; values are asked for when they are needed."""
 
     def __init__(
-        self, table: Table, line: QubeLine, properties: Mapping[str, str] | None = None
+        self,
+        table: Table,
+        line: QubeLine,
+        properties: Mapping[str, str] | None = None,
+        features: Mapping[str, str] | None = None,
+        tags: Iterable[str] | None = None,
     ) -> None:
         self.line = line
         self._table = table
         self._api = table.api
         self._properties = properties
+        self._features = features
+        self._tags = tags
         self._volumes: dict[str, Mapping[str, str]] = {}
 
     def cell(self, column: str) -> str:
@@ -116,10 +128,14 @@ class Row:
 
     def tags(self) -> set[str]:
         """The qube's tags."""
+        if self._tags is not None:
+            return set(self._tags)
         return set(self._api.lines("admin.vm.tag.List", self.line.name))
 
     def feature(self, name: str) -> str | None:
         """A feature's value, None without it."""
+        if self._features is not None:
+            return self._features.get(name)
         try:
             return self._api.text("admin.vm.feature.Get", self.line.name, name)
         except exceptions.QubesFeatureNotFoundError:
@@ -159,7 +175,8 @@ class Table:
             record = json.loads(text)
             line = QubeLine(record["name"], record["class"], record["state"], record["uuid"])
             values = {name: str(entry["value"]) for name, entry in record["properties"].items()}
-            self.rows[line.name] = Row(self, line, values)
+            features = {name: str(value) for name, value in record["features"].items()}
+            self.rows[line.name] = Row(self, line, values, features, record["tags"])
 
 
 # ---- which, and in which order
@@ -194,11 +211,22 @@ def _checks(args: argparse.Namespace) -> list[Callable[[Row], bool]]:
         (args.label, "LABEL"),
         (args.template_source, "TEMPLATE"),
         (args.netvm_is, "NETVM"),
+        (args.default_dispvm_is, "DEFAULT_DISPVM"),
+        (args.management_dispvm_is, "MANAGEMENT_DISPVM"),
     ):
         if values:
             checks.append(_one_of(column, values.split(",")))
     if args.tags:
         checks.append(lambda row: set(args.tags) <= row.tags())
+    for answer, name in (
+        (args.internal, "internal"),
+        (args.servicevm, "servicevm"),
+        (args.pending_update, "updates-available"),
+    ):
+        if answer:
+            checks.append(_switched(name, answer == "y"))
+    if args.updateable:
+        checks.append(_has_property("updateable", str(args.updateable == "y")))
     for text in args.features or ():
         name, _, value = text.partition("=")
         checks.append(_has_feature(name, value if "=" in text else None))
@@ -216,6 +244,10 @@ def _has_feature(name: str, value: str | None) -> Callable[[Row], bool]:
     return lambda row: (
         (row.feature(name) is not None) if value is None else (row.feature(name) == value)
     )
+
+
+def _switched(name: str, on: bool) -> Callable[[Row], bool]:
+    return lambda row: bool(row.feature(name)) == on
 
 
 def _has_property(name: str, value: str) -> Callable[[Row], bool]:
@@ -272,9 +304,10 @@ def work(args: argparse.Namespace, api: AdminClient) -> int:
         tool.table([*SPECIAL.items(), *((n, "property") for n in sorted(names - set(SPECIAL)))])
         return 0
     columns = _columns(args)
-    needs = {*columns, args.sort.upper()} - {"NAME", "STATE", "CLASS", "UUID", ""}
-    filters = args.label or args.template_source or args.netvm_is or args.prefs or args.tree
-    table = Table(api, properties=bool(needs or filters) and not args.raw_list)
+    shown = () if args.raw_list else columns
+    needs = {*shown, args.sort.upper()} - {"NAME", "STATE", "CLASS", "UUID", ""}
+    filters = any(getattr(args, name) for name in _NEED_VALUES)
+    table = Table(api, properties=filters or bool(needs))
     rows = _sorted(args, _chosen(args, table))
     if args.raw_list:
         for row in rows:
@@ -327,7 +360,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     tool.json_option(made)
     what.add_argument("--tree", "-t", action="store_true", help="below their network qube")
     what.add_argument("--sort", default="", metavar="FIELD", help="by this column")
-    what.add_argument("--reverse", action="store_true", help="the other way round")
+    what.add_argument(
+        "--reverse", "--reverse-sort", "-r", action="store_true", help="the other way round"
+    )
     what.add_argument("--help-formats", action="store_true", help="list the formats")
     what.add_argument("--help-columns", action="store_true", help="list the columns")
 
@@ -338,10 +373,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     which.add_argument("--label", metavar="LABEL,...")
     which.add_argument("--template-source", metavar="VMNAME,...", help="its template")
     which.add_argument("--netvm-is", metavar="VMNAME,...", help="its network qube")
+    which.add_argument("--default-dispvm-is", metavar="VMNAME,...", help="for its disposables")
+    which.add_argument("--management-dispvm-is", metavar="VMNAME,...", help="that manages it")
+    for name, text in (
+        ("internal", "hidden from menus (feature internal)"),
+        ("servicevm", "a service qube (feature servicevm)"),
+        ("pending-update", "with updates (feature updates-available)"),
+        ("updateable", "that can be updated"),
+    ):
+        which.add_argument(f"--{name}", choices=("y", "n"), help=text)
     which.add_argument("--tags", nargs="+", metavar="TAG", help="that have all of these")
     which.add_argument("--features", nargs="+", metavar="FEATURE[=VALUE]")
     which.add_argument("--prefs", nargs="+", metavar="PROPERTY=VALUE")
-    # The list needs no time to speak of.
-    for option in ("--spinner", "--no-spinner"):
-        made.add_argument(option, action="store_true", help=argparse.SUPPRESS)
+    # The list needs no time to speak of, and never minds case.
+    for options in (("--spinner",), ("--no-spinner",), ("--ignore-case", "-i")):
+        made.add_argument(*options, action="store_true", help=argparse.SUPPRESS)
     return tool.run(made, work, argv)

@@ -82,6 +82,10 @@ def shutdown_work(args: argparse.Namespace, api: AdminClient) -> int:
         else:
             failures += 1
             tool.complain(f"{name} was not shut down: there is no such qube")
+    if args.dry_run:
+        for name in pending:
+            print(name)
+        return 1 if failures else 0
     rounds = _Shutdown(api, pending, force=args.force, wait=args.wait, patient=args.all)
     deadline = time.monotonic() + args.timeout
     while rounds.go() and time.monotonic() < deadline:
@@ -224,6 +228,7 @@ def shutdown(argv: Sequence[str] | None = None) -> int:
         help="with --wait: kill what runs after that time (60)",
     )
     made.add_argument("--force", action="store_true", help="even if others use it")
+    made.add_argument("--dry-run", action="store_true", help="only print who would be asked")
     return tool.run(made, shutdown_work, argv)
 
 

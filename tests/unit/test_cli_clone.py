@@ -29,6 +29,8 @@ OLD: dict[str, Answer] = {
     "admin.vm.property.Get+template work": "default=False type=vm tmpl",
     "admin.vm.property.Get+label work": "default=False type=label red",
     "admin.vm.Create.AppVM": "",
+    "admin.vm.Create.DispVM": "",
+    "admin.vm.Create.StandaloneVM": "",
     "admin.vm.CreateInPool.AppVM": "",
     "admin.vm.property.GetAll work": GET_ALL,
     "admin.vm.property.Set": "",
@@ -107,6 +109,14 @@ def test_call_by_call_on_release_4_4(tmp_path: Path) -> None:
     )
 
 
+def test_devices_may_be_left_out(tmp_path: Path) -> None:
+    with AdminDaemon(tmp_path / "s", {**OLD, "bulkhead.vm.Clone": ""}) as daemon:
+        argv = ["--socket", str(tmp_path / "s"), "--ignore-devices", "work", "copy"]
+        assert qvm_clone.main(argv) == 0
+    assert "Create.AppVM+tmpl dom0" in daemon.briefs
+    assert not [brief for brief in daemon.briefs if "device" in brief or "Clone " in brief]
+
+
 def test_what_fails_half_way_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     answers = {**OLD, "admin.vm.tag.Set": Refused("PermissionDenied", "no tags")}
     with AdminDaemon(tmp_path / "s", answers) as daemon:
@@ -154,11 +164,16 @@ def test_create(tmp_path: Path) -> None:
         where = ["--socket", str(tmp_path / "s"), "new", "-l", "red"]
         assert qvm_create.main([*where, "-t", "tmpl"]) == 0
         assert qvm_create.main([*where, "-P", "fast", "--prop", "netvm="]) == 0
+        assert qvm_create.main([*where, "--standalone"]) == 0
+        assert qvm_create.main(["--socket", str(tmp_path / "s"), "d", "--disp", "-t", "dvm"]) == 0
     assert daemon.briefs == [
         "Create.AppVM+tmpl dom0",
         "CreateInPool.AppVM dom0",
         "property.Set+netvm new",
+        "Create.StandaloneVM dom0",
+        "Create.DispVM+dvm dom0",
     ]
+    assert daemon.calls[-1].payload == b"name=d label=red"
     assert daemon.calls[0].payload == b"name=new label=red"
     assert daemon.calls[1].payload == b"name=new label=red pool=fast"
 

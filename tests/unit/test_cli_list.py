@@ -20,7 +20,7 @@ LIST = (
 PROPERTIES = {
     "dom0": {"label": "black"},
     "net": {"label": "red", "template": "tmpl", "netvm": "", "ip": "10.0.0.1", "qid": "2"},
-    "tmpl": {"label": "black", "netvm": "", "qid": "10"},
+    "tmpl": {"label": "black", "netvm": "", "qid": "10", "updateable": "True"},
     "work": {"label": "blue", "template": "tmpl", "netvm": "net", "ip": "10.0.0.2", "qid": "3"},
 }
 TYPES = {"label": "label", "template": "vm", "netvm": "vm", "qid": "int"}
@@ -40,6 +40,7 @@ OLD: dict[str, Answer] = {
     "admin.vm.tag.List work": "a\nb\n",
     "admin.vm.feature.Get": Refused("QubesFeatureNotFoundError", "none"),
     "admin.vm.feature.Get+gui work": "1",
+    "admin.vm.feature.Get+servicevm net": "1",
     "admin.vm.volume.Info": Refused("PermissionDenied", "no such volume"),
     "admin.vm.volume.Info+private work": "size=2097152\nusage=1048576\n",
     "admin.vm.volume.Info+root work": "size=4194304\nusage=0\n",
@@ -55,7 +56,10 @@ def _record(line: str) -> str:
         for key, value in PROPERTIES[name].items()
     }
     record = {"name": name, "class": klass, "state": state, "uuid": uuid}
-    return json.dumps({**record, "properties": properties, "features": {}, "tags": []})
+    work = name == "work"
+    features = {"work": {"gui": "1"}, "net": {"servicevm": "1"}}.get(name, {})
+    more = {"features": features, "tags": ["a", "b"] if work else ["a"]}
+    return json.dumps({**record, "properties": properties, **more})
 
 
 NEW: dict[str, Answer] = {
@@ -109,6 +113,12 @@ def test_one_call_where_the_daemon_has_it(daemon: AdminDaemon) -> None:
         (["--features", "gui=1"], "work"),
         (["--features", "gui"], "work"),
         (["--prefs", "ip=10.0.0.1"], "net"),
+        (["--servicevm", "y"], "net"),
+        (["--servicevm", "n", "--internal", "n"], "dom0 tmpl work"),
+        (["--pending-update", "y"], ""),
+        (["--default-dispvm-is", "tmpl"], ""),
+        (["--updateable", "y"], "tmpl"),
+        (["--sort", "label", "-r", "-i"], "net work tmpl dom0"),
         (["--exclude", "dom0", "--exclude", "net"], "tmpl work"),
         (["--sort", "qid", "--exclude", "dom0"], "net work tmpl"),
         (["--reverse"], "work tmpl net dom0"),

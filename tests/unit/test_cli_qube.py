@@ -132,6 +132,16 @@ def test_shutdown_without_wait_only_asks(tmp_path: Path) -> None:
     assert guests.asked_for() == ["Shutdown+force a"]
 
 
+def test_shutdown_tells_whom_it_would_ask(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guests = Guests(tmp_path / "s", a=None, b=None, c=0)
+    with guests.daemon:
+        assert guests.run("--all", "--exclude", "b", "--dry-run") == 0
+    assert guests.asked_for() == []
+    assert capsys.readouterr().out == "a\n"
+
+
 def test_shutdown_kills_what_is_too_slow(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -265,7 +275,7 @@ DEVICES: dict[str, Answer] = {
             b"mode='required'",
         ),
         (
-            ["assign", "work", "sys-net:1-1", "--device", "--ask"],
+            ["assign", "work", "sys-net:1-1", "--device", "-a"],
             "Assign+sys-net+_+1234+5678+ABC+u080650 work",
             b"device_id='1234:5678:ABC:u080650' port_id='*' devclass='testclass' "
             b"backend_domain='sys-net' mode='ask-to-attach'",
@@ -296,6 +306,8 @@ def test_device_changes(tmp_path: Path, argv: list[str], asked: str, payload: by
         (["unassign", "work", "sys-net:1-2:1:2"], 1, "is not assigned to work"),
         (["assign", "work", "sys-net:1-1", "--port", "--device"], 2, "exclude each other"),
         (["list", "nope"], 1, "there is no qube nope"),
+        (["list", "--exclude", "nope"], 1, "there is no qube nope"),
+        (["list", "--all", "work"], 2, "not both"),
     ],
 )
 def test_device_refusals(
@@ -319,6 +331,10 @@ def test_device_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert qvm_device.main([*where, "testclass", "--json"]) == 0
         listed = json.loads(capsys.readouterr().out)
         assert [row["used_by"] for row in listed] == ["work (attached)", ""]
+        for name, count in (("sys-net", 1), ("work", 2)):
+            argv = [*where, "testclass", "list", "--all", "--exclude", name, "--json"]
+            assert qvm_device.main(argv) == 0
+            assert len(json.loads(capsys.readouterr().out)) == count
         for name, count in (("work", 1), ("sys-net", 2)):
             assert qvm_device.main([*where, "testclass", "list", "--json", name]) == 0
             assert len(json.loads(capsys.readouterr().out)) == count

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clients.admin import importing
+from clients.cli import qvm_create, tool
 from clients.cli import qvm_volume as volume
-from clients.cli import tool
 from tests.fakes.admin_daemon import AdminDaemon, Call, Refused
 
 BEGIN = "internal.vm.volume.ImportBegin"
@@ -77,6 +77,26 @@ def test_an_import_brings_the_bytes_and_leaves_holes(host: Host, tmp_path: Path)
     assert host.internal.calls[0].payload == str(len(data)).encode()
     assert host.internal.calls[1].payload == b"ok"
     assert host.internal.calls[0].source == "dom0"
+
+
+@pytest.mark.parametrize(("option", "left"), [("--root-copy-from", True), ("-R", False)])
+def test_a_new_qube_takes_its_root_from_a_file(
+    host: Host, tmp_path: Path, option: str, left: bool
+) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(b"root")
+    host.admin.answers = {"admin.vm.Create.StandaloneVM": "", "admin.vm.Remove": ""}
+    argv = ["--socket", str(host.admin.path), "new", "-S", "-l", "red", option, str(image)]
+    assert qvm_create.main(argv) == 0
+    assert host.target.read_bytes() == b"root"
+    assert host.internal.briefs == [f"{BEGIN}+root new", f"{END}+root new"]
+    assert image.exists() == left
+    # What did not arrive is not taken away, and the qube is.
+    image.write_bytes(b"root")
+    host.internal.answers = {BEGIN: Refused("StoragePoolException", "full")}
+    assert qvm_create.main(argv) == 1
+    assert image.exists()
+    assert host.admin.briefs[-1] == "Remove new"
 
 
 def test_an_import_without_resize_announces_nothing(host: Host, tmp_path: Path) -> None:
