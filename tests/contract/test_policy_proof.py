@@ -184,7 +184,7 @@ METHODS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "admin.vm.Create.AppVM": (("tmpl", "%s"), ("name=%s label=red",)),
     "admin.pool.volume.List": (("varlibqubes",), ("",)),
     "admin.vm.device.block.Available": (("", "sda"), ("",)),
-    "admin.vm.device.block.Attach": (("%s+sda+x",), ("",)),
+    "admin.vm.device.block.Attach": (("%s+sda+x", "_+sda"), ("",)),
     "admin.vm.device.block.Detach": (("%s+sda+x",), ("",)),
     "no.such.Method": (("",), ("",)),
 }

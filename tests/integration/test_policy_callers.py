@@ -119,6 +119,10 @@ def test_a_hidden_qube_in_argument_or_payload_is_as_one_that_is_not_there(
         hidden, absent = both(shape)
         assert hidden == absent and hidden.startswith(b"2\0QubesVMNotFoundError\0"), shape
         assert b"secret" not in hidden
+    # Any backend would be the hidden ones too.
+    for call in (b"Attach+_+sda dom0 name own\0", b"Assign+*+_ dom0 name own\0mode='required'"):
+        answer = exchange(path, b"admin.vm.device.block." + call)
+        assert answer.startswith((b"2\0QubesVMNotFoundError\0", b"2\0QubesValueError\0")), call
     # No rule allows the argument: silence for both.
     assert both(b"admin.vm.Create.AppVM+%s dom0 name dom0\0name=x label=red") == (b"", b"")
 

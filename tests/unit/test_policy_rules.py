@@ -142,12 +142,53 @@ def test_includes_of_both_forms() -> None:
         {"a.policy": "S * a b ask target=x target=y\n"},
         {"a.policy": "!unknown\n"},
         {"a.policy": "!include-service S * old\n", "old": "!compat-4.0\n"},
+        {"a.policy": "!include-service S * old\n", "old": "!include-dir d\n"},
+        {"a.policy": "!include-service * +x old\n", "old": ""},
+        {"a.policy": "!include-service S old\n", "old": ""},
+        {"a.policy": "!include-dir d\n", "d/B.policy": ""},
+        {"a.policy": "S+x * a b allow\n"},
+        {"a.policy": "S,T * a b allow\n"},
+        {"a.policy": "S * @default b allow\n"},
+        {"a.policy": "S * a @type: allow\n"},
+        {"a.policy": "S * a @dispvm: allow\n"},
+        {"a.policy": "S * a @dispvm:@tag: allow\n"},
+        {"a.policy": "S * a @dispvm:@anyvm allow\n"},
+        {"a.policy": "S * a uuid:x allow\n"},
+        {"a.policy": "S * a b allow target=@default\n"},
+        {"a.policy": "S * a b allow target=*\n"},
+        {"a.policy": "S * a b allow target=@tag:x\n"},
+        {"a.policy": "S * a b allow target=@type:AppVM\n"},
+        {"a.policy": "S * a b allow target=@dispvm:@tag:x\n"},
+        {"a.policy": "S * a b allow target=\n"},
+        {"a.policy": "S * a b allow default_target=dom0\n"},
+        {"a.policy": "S * a b deny autostart=no\n"},
+        {"a.policy": "S * a b deny user=root\n"},
+        {"a.policy": "S * a b allow autostart=maybe\n"},
+        {"a.policy": "S * a b permit\n"},
         {"A b.policy": ""},
     ],
 )
 def test_any_error_refuses_the_whole(files: dict[str, str]) -> None:
     with pytest.raises(PolicyError):
         parse(tree(files))
+
+
+@pytest.mark.parametrize("odd", ["\x0b", "\x0c", "\x1c", "\x85", "\u2028"])
+def test_nothing_but_a_newline_ends_a_comment(odd: str) -> None:
+    assert parse(tree({"a.policy": f"# off:{odd}S * mgmt v1 allow target=dom0\n"})) == ()
+
+
+def test_the_older_form_includes_in_two_ways() -> None:
+    files = {
+        "a.policy": "!include-service S +y old\n",
+        "old": "$include:one\n!include\ttwo\n",
+        "one": "$anyvm $adminvm deny\n",
+        "two": "$tag:t,$dispvm:dvm,ask,default_target=$dispvm:dvm\n",
+    }
+    assert [(r.argument, r.source, r.target, r.action) for r in parse(tree(files))] == [
+        ("+y", "@anyvm", "@adminvm", "deny"),
+        ("+y", "@tag:t", "@dispvm:dvm", "ask"),
+    ]
 
 
 def test_files_order_and_hiding(tmp_path: Path) -> None:
@@ -196,12 +237,23 @@ def test_a_qube_that_has_gone_is_judged_by_its_last_record() -> None:
     ("rules", "target", "argument", "outcome", "actual", "requested"),
     [
         (OWN, "v1", "+x", "allow", "dom0", "v1"),
-        (OWN, f"uuid:{V1_UUID}", "+x", "allow", "dom0", "v1"),
+        (OWN, f"uuid:{V1_UUID}", "+x", "allow", "dom0", f"uuid:{V1_UUID}"),
         (OWN, "v2", "+x", "deny", "", "v2"),
         (OWN, "nosuch", "+x", "deny", "", "@default"),
         ("S * mgmt @anyvm allow target=dom0", "nosuch", "+x", "allow", "dom0", "@default"),
         ("S * mgmt @anyvm allow target=dom0", "", "+x", "allow", "dom0", "@default"),
-        ("S * mgmt dom0 allow", "@adminvm", "+x", "allow", "dom0", "dom0"),
+        ("S * mgmt dom0 allow", "@adminvm", "+x", "allow", "dom0", "@adminvm"),
+        ("S * mgmt @adminvm allow", "dom0", "+x", "allow", "dom0", "dom0"),
+        ("S * mgmt v1 allow target=nosuch", "v1", "+x", "deny", "", "v1"),
+        ("S * mgmt v1 allow target=@dispvm", "v1", "+x", "allow", "@dispvm:dvm", "v1"),
+        ("S * mgmt v1 allow target=@dispvm:v2", "v1", "+x", "deny", "", "v1"),
+        ("S * mgmt v1 allow target=@adminvm", "v1", "+x", "allow", "dom0", "v1"),
+        ("S * mgmt v1 allow target=dom0 autostart=no", "v1", "+x", "allow", "dom0", "v1"),
+        ("S * mgmt @anyvm allow target=v2", "@dispvm", "+x", "allow", "v2", "@dispvm"),
+        ("S * mgmt @anyvm allow target=v2", "@dispvm:dvm", "+x", "allow", "v2", "@dispvm:dvm"),
+        ("S * mgmt @dispvm allow target=v2", "@dispvm:dvm", "+x", "deny", "", "@dispvm:dvm"),
+        ("S * mgmt @type:Nosuch allow", "v1", "+x", "deny", "", "v1"),
+        ("S * @dispvm:dvm v1 allow", "v1", "+x", "deny", "", "v1"),
         ("S * @type:AppVM @type:TemplateVM allow", "tmpl", "+x", "allow", "tmpl", "tmpl"),
         ("S * mgmt @dispvm allow", "@dispvm", "+x", "allow", "@dispvm:dvm", "@dispvm"),
         ("S * mgmt @dispvm:dvm allow", "@dispvm", "+x", "allow", "@dispvm:dvm", "@dispvm"),

@@ -24,8 +24,8 @@ class Decision:
 
     outcome: "allow", "ask" or "deny". why: one sentence. rule: what decided, None = no
     rule matched or the caller or target is none. target: where an allowed call goes, a
-    qube's name or "@dispvm:NAME". requested: the target asked for after normalisation,
-    a name or a token.
+    qube's name or "@dispvm:NAME". requested: the target asked for after normalisation: what
+    names an existing qube stays as it was written, what names none is "@default".
     """
 
     outcome: str
@@ -73,7 +73,7 @@ class Evaluator:
         wanted = self._normalised(target)
         if wanted is None:
             return _deny(f"{target} is no possible target")
-        requested = wanted if isinstance(wanted, str) else wanted.name
+        requested = wanted if isinstance(wanted, str) else target
         for rule in self._rules_of(service):
             if (
                 rule.argument in ("*", argument)

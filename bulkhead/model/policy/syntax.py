@@ -11,8 +11,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from bulkhead.model.properties import CLASSES
-
 _SERVICE = re.compile(r"[A-Za-z0-9._-]+")
 _ARGUMENT = re.compile(r"\+[A-Za-z0-9_.+-]*")
 _UUID = re.compile(r"uuid:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -84,7 +82,7 @@ def token_fits(token: str, column: str) -> bool:
     if token in ("@default", "@dispvm"):
         return column == "target" or (redirect and token == "@dispvm")
     if token.startswith("@type:"):
-        return not redirect and token[6:] in CLASSES
+        return not redirect and bool(token[6:])
     if token.startswith("@tag:"):
         return not redirect and bool(token[5:])
     if token.startswith("@dispvm:@tag:"):
@@ -185,7 +183,9 @@ class _Reader:
             self.errors.append(str(error))
 
     def _lines(self, place: _Place) -> Iterator[tuple[int, str]]:
-        for number, line in enumerate(place.directory.files[place.path].splitlines(), 1):
+        # A line ends at a newline alone: what else text may be broken at could bring a rule
+        # out of a comment.
+        for number, line in enumerate(place.directory.files[place.path].split("\n"), 1):
             stripped = line.strip()
             if stripped and not stripped.startswith("#"):
                 yield number, stripped
@@ -229,8 +229,9 @@ class _Reader:
             case ["!include-dir", directory]:
                 prefix = directory.rstrip("/") + "/"
                 inside = (p for p in place.directory.files if p.startswith(prefix))
-                for path in sorted(inside):
+                for path in sorted(inside, key=str.encode):
                     if _is_policy(path[len(prefix) :]):
+                        _check_file_name(place.directory, path, path[len(prefix) :])
                         yield from self.read(self._inner(place, path, at))
             case ["!include-service", service, argument, path]:
                 _check_service(service, argument, at)
@@ -245,8 +246,8 @@ class _Reader:
         for number, text in self._lines(place):
             at = place.at(number)
             try:
-                if text.startswith(("$include:", "!include ")):
-                    path = text.removeprefix("$include:").removeprefix("!include ").strip()
+                if text.startswith("$include:") or text.split()[0] == "!include":
+                    path = text.removeprefix("$include:").removeprefix("!include").strip()
                     yield from self._old(service, argument, self._inner(place, path, at))
                     continue
                 if text.startswith("!"):
@@ -277,6 +278,14 @@ def _is_policy(name: str) -> bool:
     return "/" not in name and name.endswith(".policy") and not name.startswith(".")
 
 
+def _check_file_name(directory: Directory, path: str, name: str) -> None:
+    if not _FILE_NAME.fullmatch(name):
+        raise PolicyError(
+            f"{directory.label}/{path}: the name of a policy file has only "
+            "digits, lower-case letters, _ . and -"
+        )
+
+
 def _tops(tree: Sequence[Directory]) -> list[_Place]:
     """The files that are read by themselves: the first directory hides names of later ones."""
     found: dict[str, _Place] = {}
@@ -292,11 +301,9 @@ _NO_LEGACY = Directory("/etc/qubes-rpc/policy", {})
 
 def _read(tree: Sequence[Directory], reader: _Reader) -> Iterator[Rule]:
     for place in _tops(tree):
-        if not _FILE_NAME.fullmatch(place.path):
-            error = PolicyError(
-                f"{place.directory.label}/{place.path}: the name of a policy file has only "
-                "digits, lower-case letters, _ . and -"
-            )
+        try:
+            _check_file_name(place.directory, place.path, place.path)
+        except PolicyError as error:
             reader._failed(error)
         else:
             yield from reader.read(place)

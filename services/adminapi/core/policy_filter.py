@@ -39,6 +39,8 @@ _SENTENCES = frozenset({"reason"})
 _DEVICE_CALLS = frozenset(
     {"device_assign", "device_unassign", "device_set_assignment", "device_attach", "device_detach"}
 )
+# Those that give the caller's qube a device, which it need not have had.
+_DEVICE_GIVEN = frozenset({"device_assign", "device_attach"})
 # Positions count everybody's events, and a past event may be of an earlier qube.
 _COUNTING = frozenset({"events_resumable"})
 _CREATES = frozenset({"create", "create_in_pool", "clone"})
@@ -72,12 +74,13 @@ def gate(view: View, judge: Judge, caller: Qube, request: Request) -> Checked:
     decision = judge.decide(method, "+" + arg, caller.name, target)
     if not decision.allowed or decision.target != ADMINVM_NAME:
         raise Drop(f"policy refuses {method} of {caller.name}: {decision.why}")
-    if decision.requested.startswith("@"):
+    requested = ADMINVM_NAME if decision.requested == ADMINVM_TOKEN else decision.requested
+    if requested.startswith("@"):
         raise Drop(f"{method} of {caller.name} has no qube as its target")
     stated = replace(
         request,
         untrusted_source=caller.name.encode(),
-        untrusted_dest=decision.requested.encode(),
+        untrusted_dest=requested.encode(),
     )
     checked = replace(check(view, "admin", stated), confined=True)
     if checked.call.handler in _COUNTING:
@@ -108,7 +111,8 @@ def references(request: Checked, *, argument: bool = True) -> tuple[str, ...]:
         return (request.arg,) if request.arg else ()
     if handler in _DEVICE_CALLS:
         backend = parse_device_argument(request.arg).backend
-        return (backend,) if backend != ANY else ()
+        # Any backend would be those too that the caller may not list: "*" is no qube's name.
+        return () if backend == ANY and handler not in _DEVICE_GIVEN else (backend,)
     return ()
 
 
