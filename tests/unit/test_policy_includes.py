@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from bulkhead.model.policy import Directory, Evaluator, ViewWorld, parse, problems
+from bulkhead.model.records import QubePut
 from bulkhead.policy_files import PolicyFiles
 from services.adminapi import includes
 from services.adminapi.core.calls import all_calls
-from services.adminapi.core.policy_includes import assignment, include_of
+from services.adminapi.core.policy_includes import assignment, generated_files, include_of
 from tests.unit.test_policy_rules import world
 
 _CLASSES = ("block", "pci", "usb", "mic")
@@ -108,7 +110,9 @@ def test_written_files_are_in_force_and_rules_are_kept(tmp_path: Path) -> None:
 def test_the_written_policy_alone_allows_nothing(tmp_path: Path) -> None:
     includes.write(tmp_path)
     rules = parse(PolicyFiles((tmp_path,)).read()[0])
-    assert {rule.action for rule in rules} == {"deny"}
+    allowing = [rule for rule in rules if rule.action != "deny"]
+    # dom0 gives that tag to the qube that restores a backup, and to no other.
+    assert {rule.source for rule in allowing} == {"@tag:backup-restore-mgmt"}
     assert parse([Directory("x", {})]) == ()
 
 
@@ -118,3 +122,41 @@ def test_the_list_is_printed_without_a_directory() -> None:
         capture_output=True, text=True, check=True, timeout=60,
     )  # fmt: skip
     assert "include/admin-local-rwx\n    admin.vm.Console\n" in done.stdout
+
+
+def test_who_restores_backups_reaches_only_what_is_being_restored() -> None:
+    text = generated_files()["85-admin-backup-restore.policy"]
+    view = world()
+
+    def tagged(name: str, tag: str) -> None:
+        qube = view.qube(name)
+        assert qube is not None
+        view.apply(QubePut(replace(qube, tags=qube.tags | {tag})))
+
+    tagged("mgmt", "backup-restore-mgmt")
+    tagged("v1", "backup-restore-in-progress")
+    tagged("v2", "backup-restore-storage")
+    evaluator = Evaluator(ViewWorld(lambda: view))
+    evaluator.replace(parse([Directory("etc", {"85.policy": text})]))
+    allowed = {
+        ("admin.vm.Create.AppVM", "+tmpl", "dom0"),
+        ("admin.vm.List", "+", "dom0"),
+        ("admin.vm.List", "+", "v2"),
+        ("admin.vm.property.Get", "+provides_network", "v2"),
+        ("admin.vm.property.Set", "+netvm", "v1"),
+        ("admin.vm.volume.ImportWithSize", "+private", "v1"),
+        ("qubes.RestoreById", "+x", "v2"),
+    }
+    denied = {
+        ("admin.vm.Create.DispVM", "+dvm", "dom0"),
+        ("admin.vm.property.Get", "+netvm", "v2"),
+        ("admin.vm.property.Set", "+netvm", "v2"),
+        ("admin.vm.Start", "+", "v1"),
+        ("qubes.RestoreById", "+x", "v1"),
+    }
+    for call in allowed | denied:
+        service, argument, target = call
+        assert evaluator.allows(service, argument, "mgmt", target) is (call in allowed), call
+        assert not evaluator.allows(service, argument, "v1", target), call
+    assert evaluator.decide("admin.vm.tag.Set", "+x", "mgmt", "v1").target == "dom0"
+    assert evaluator.decide("qubes.RestoreById", "+x", "mgmt", "v2").target == "v2"

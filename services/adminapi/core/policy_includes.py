@@ -17,6 +17,27 @@ POLICY_DEVICE_CLASSES = (*DEVICE_CLASSES, "usb", "mic")
 _LOCAL_CLASSES = ("RemoteVM",)
 _SCOPES = ("global", "local")
 _MARK = "# Made by `bulkhead policy includes`; it is written again. Rules go elsewhere.\n"
+# What a qube that restores backups may do: target, calls, argument.
+_RESTORING = "@tag:backup-restore-mgmt"
+_IN_PROGRESS = (
+    "feature.Set",
+    "firewall.Set",
+    "property.Set",
+    "tag.Set",
+    "volume.Import",
+    "volume.ImportWithSize",
+    "volume.Info",
+    "volume.List",
+    "volume.Set.revisions_to_keep",
+)
+_RESTORE: tuple[tuple[str, str, str], ...] = (
+    *((f"Create.{c}", "*", "dom0") for c in ("AppVM", "StandaloneVM", "TemplateVM")),
+    ("List", "*", "dom0"),
+    ("List", "*", "@anyvm"),
+    ("property.Get", "+provides_network", "@anyvm"),
+    ("property.Get", "+template_for_dispvms", "@anyvm"),
+    *((name, "*", "@tag:backup-restore-in-progress") for name in _IN_PROGRESS),
+)
 _DENIED_QUIETLY = ("admin.vm.property.GetAll", "admin.property.GetAll")
 
 
@@ -59,7 +80,15 @@ def generated_files() -> dict[str, str]:
         for name in _DENIED_QUIETLY
         for target in ("@anyvm", "@adminvm")
     )
+    restore = "".join(
+        f"admin.vm.{name} {argument} {_RESTORING} {target} allow target=dom0\n"
+        for name, argument, target in _RESTORE
+    )
     return {
+        "85-admin-backup-restore.policy": _MARK
+        + "# What the qube that restores a backup may do, to nothing but what it restores.\n"
+        + restore
+        + f"qubes.RestoreById * {_RESTORING} @tag:backup-restore-storage allow\n",
         "90-admin-default.policy": _MARK + "".join(_include_lines("admin.")),
         "90-bulkhead-default.policy": _MARK + "".join(_include_lines("bulkhead.")),
         "91-admin-default-deny.policy": _MARK
