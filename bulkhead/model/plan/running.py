@@ -423,7 +423,11 @@ def begin_suspend(draft: Draft, operation: Operation, spec: SuspendSpec, fresh: 
     qube = draft.qube(operation.subjects[0])
     need_bootable(qube, "QUBE_ERROR", "suspended")
     _need_running(qube)
-    return _with_boot(operation, qube)
+    state = power_state(draft.view, qube)
+    return _with_boot(
+        replace(operation, data={**operation.data, "was": state.lower()}),
+        qube,
+    )
 
 
 def end_suspend(
@@ -435,7 +439,9 @@ def end_suspend(
         return
     told = result.get("paused_instead") or operation.data.get("paused_instead")
     if booted(qube, boot_of(operation)) and (told or power_state(draft.view, qube) == "Paused"):
-        draft.emit(events.domain_pre_paused(qube), events.domain_paused(qube))
+        draft.emit(events.domain_pre_paused(qube))
+        if operation.data.get("was") != "paused":
+            draft.emit(events.domain_paused(qube))
 
 
 def begin_resume(draft: Draft, operation: Operation, spec: ResumeSpec, fresh: Fresh) -> Operation:
