@@ -1,6 +1,6 @@
 """Kills one process at a failpoint of a running operation, then judges what is left.
 
-Owns the scenarios and the invariants. Uses real processes, a real reflink file system
+Owns the invariants. Uses real processes, a real reflink file system
 and the simulated hypervisor, which outlives the others as a real one does. Invariant: a
 case leaves the instance as it found it, or it has failed.
 """
@@ -8,266 +8,30 @@ case leaves the instance as it found it, or it has failed.
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from services.domains.simhv.client import SimControl
+from bulkhead.bus.errors import BusError
+from clients.cli.instance import operator
+from services.registry import store
+from services.registry.core import canonical
+from tests.fault.follower import Follower
+from tests.fault.scenarios import NETVM, SECOND, Scenario
 from tests.instance import Instance, Reply
 
 QUIET_TIMEOUT_S = 10.0
 TRACE = "trace"
-# A network qube that runs all the time: no recovery may end its boot.
-NETVM = "net"
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """One operation: how to bring its start state about, do it, and take it away again.
-
-    done(instance) tells from outside whether the operation's effect is there. brief: in a
-    sample it is killed only where no scenario before it was, and at two points of every one.
-    """
-
-    name: str
-    prepare: Callable[[Instance], object]
-    act: Callable[[Instance], Reply]
-    done: Callable[[Instance], bool]
-    clean: Callable[[Instance], object]
-    brief: bool = False
-
-
-def exists(instance: Instance, qube: str) -> bool:
-    """The qube is listed."""
-    lines = instance.ok("admin.vm.List").splitlines()
-    return any(line.split(" ", 1)[0] == qube for line in lines)
-
-
-def running(instance: Instance, qube: str) -> bool:
-    """The qube is listed and not halted."""
-    return exists(instance, qube) and instance.state(qube) != "Halted"
-
-
-def _remove(instance: Instance, *qubes: str) -> None:
-    for qube in qubes:
-        _remove_one(instance, qube)
-
-
-def _remove_one(instance: Instance, qube: str) -> None:
-    def gone() -> bool:
-        # Refused while another removal, of a disposable of it, is under way.
-        return not exists(instance, qube) or instance.call("admin.vm.Remove", qube).kind == "ok"
-
-    if exists(instance, qube) and running(instance, qube):
-        instance.call("admin.vm.Kill", qube)
-        instance.until(lambda: not running(instance, qube), 10.0, f"{qube} is halted")
-    instance.until(gone, 10.0, f"{qube} is removed")
-
-
-def _create(instance: Instance, qube: str) -> Reply:
-    return instance.call(
-        "admin.vm.Create.AppVM", arg="tmpl", payload=f"name={qube} label=red".encode()
-    )
-
-
-def _made(instance: Instance, qube: str) -> None:
-    if not exists(instance, qube):
-        reply = _create(instance, qube)
-        assert reply.kind == "ok", f"{reply.message}\n{instance.logs()}"
-
-
-def _networked(instance: Instance, qube: str) -> None:
-    """A qube behind the network qube, so that its start plans rules."""
-    _made(instance, qube)
-    instance.ok("admin.vm.property.Set", qube, "netvm", NETVM.encode())
-
-
-def _started(instance: Instance, qube: str) -> None:
-    _networked(instance, qube)
-    reply = instance.call("admin.vm.Start", qube)
-    assert reply.kind == "ok", reply.message
-
-
-def _disposables(instance: Instance) -> list[str]:
-    return [
-        line.split(" ", 1)[0]
-        for line in instance.ok("admin.vm.List").splitlines()
-        if " class=DispVM " in line
-    ]
-
-
-def _prepare_disposable(instance: Instance) -> None:
-    _made(instance, "dvm")
-    instance.ok("admin.vm.property.Set", "dvm", "template_for_dispvms", b"True")
-
-
-def _run_disposable(instance: Instance) -> Reply:
-    """Create, start and kill a disposable, as a client does; the first failure ends it.
-
-    One whose client never learned its name is nobody's: the next client takes it away.
-    """
-    _remove(instance, *_disposables(instance))
-    reply = instance.call("admin.vm.CreateDisposable", "dvm")
-    if reply.kind != "ok":
-        return reply
-    started = instance.call("admin.vm.Start", reply.text)
-    if started.kind != "ok":
-        return started
-    return instance.call("admin.vm.Kill", reply.text)
-
-
-def _uuid(instance: Instance, qube: str) -> str:
-    return instance.ok("admin.vm.property.Get", qube, "uuid").rpartition(" ")[2]
-
-
-def _start_in_vain(instance: Instance) -> Reply:
-    """A start that the hypervisor refuses, and all of it undone: told so is ok here."""
-    with SimControl.of(instance.root) as control:
-        fault = control.fail(_uuid(instance, "worker"), "create_paused")
-        try:
-            reply = instance.call("admin.vm.Start", "worker")
-        finally:
-            control.clear(fault)
-    return Reply("ok") if reply.kind == "exc" else Reply("exc", message=f"told {reply.kind}")
-
-
-def _with_agent(instance: Instance) -> None:
-    """A running qube whose guest answers, so that a resize reaches its file system."""
-    _started(instance, "worker")
-    with SimControl.of(instance.root) as control:
-        control.agent(_uuid(instance, "worker"), True)
-
-
-def _unconnected(instance: Instance) -> None:
-    """A running qube without a netvm."""
-    _made(instance, "worker")
-    instance.ok("admin.vm.Start", "worker")
-
-
-def _stopped(instance: Instance, qube: str) -> None:
-    """A qube that has run, hence has a revision to go back to."""
-    _started(instance, qube)
-    instance.ok("admin.vm.Shutdown", qube, "wait")
-
-
-def _revert(instance: Instance) -> Reply:
-    revisions = instance.ok("admin.vm.volume.ListSnapshots", "worker", "private").split()
-    return instance.call("admin.vm.volume.Revert", "worker", "private", revisions[-1].encode())
-
-
-def _attribute(instance: Instance, call: str, arg: str, name: str) -> str:
-    lines = instance.ok(call, "worker", arg).splitlines()
-    return dict(line.split("=", 1) for line in lines)[name]
-
-
-LARGER = str(3 << 30)
-RULES = "action=drop dst4=1.2.3.4/32\naction=accept\n"
-
-
-def _brief(
-    name: str,
-    prepare: Callable[[Instance], object],
-    act: Callable[[Instance], Reply],
-    done: Callable[[Instance], bool],
-) -> Scenario:
-    return Scenario(name, prepare, act, done, lambda i: _remove(i, "worker"), brief=True)
-
-
-SCENARIOS: tuple[Scenario, ...] = (
-    Scenario(
-        "create",
-        prepare=lambda i: None,
-        act=lambda i: _create(i, "fresh"),
-        done=lambda i: exists(i, "fresh"),
-        clean=lambda i: _remove(i, "fresh"),
-    ),
-    Scenario(
-        "clone",
-        prepare=lambda i: _made(i, "origin"),
-        act=lambda i: i.call("bulkhead.vm.Clone", "origin", payload=b"name=copy"),
-        done=lambda i: exists(i, "copy"),
-        clean=lambda i: _remove(i, "copy", "origin"),
-    ),
-    Scenario(
-        "remove",
-        prepare=lambda i: _made(i, "doomed"),
-        act=lambda i: i.call("admin.vm.Remove", "doomed"),
-        done=lambda i: not exists(i, "doomed"),
-        clean=lambda i: _remove(i, "doomed"),
-    ),
-    Scenario(
-        "start",
-        prepare=lambda i: _networked(i, "worker"),
-        act=lambda i: i.call("admin.vm.Start", "worker"),
-        done=lambda i: running(i, "worker"),
-        clean=lambda i: _remove(i, "worker"),
-    ),
-    Scenario(
-        "shutdown",
-        prepare=lambda i: _started(i, "worker"),
-        act=lambda i: i.call("admin.vm.Shutdown", "worker", "wait"),
-        done=lambda i: not running(i, "worker"),
-        clean=lambda i: _remove(i, "worker"),
-    ),
-    Scenario(
-        "kill",
-        prepare=lambda i: _started(i, "worker"),
-        act=lambda i: i.call("admin.vm.Kill", "worker"),
-        done=lambda i: not running(i, "worker"),
-        clean=lambda i: _remove(i, "worker"),
-    ),
-    Scenario(
-        "disposable",
-        prepare=_prepare_disposable,
-        act=_run_disposable,
-        done=lambda i: not _disposables(i),
-        clean=lambda i: _remove(i, *_disposables(i), "dvm"),
-    ),
-    _brief(
-        "failed-start",
-        prepare=lambda i: _networked(i, "worker"),
-        act=_start_in_vain,
-        done=lambda i: not running(i, "worker"),
-    ),
-    _brief(
-        "pause",
-        prepare=lambda i: _started(i, "worker"),
-        act=lambda i: i.call("admin.vm.Pause", "worker"),
-        done=lambda i: i.state("worker") == "Paused",
-    ),
-    _brief(
-        "leave-netvm",
-        prepare=lambda i: _started(i, "worker"),
-        act=lambda i: i.call("admin.vm.property.Set", "worker", "netvm", b""),
-        done=lambda i: NETVM not in i.ok("admin.vm.property.Get", "worker", "netvm"),
-    ),
-    _brief(
-        "join-netvm",
-        prepare=_unconnected,
-        act=lambda i: i.call("admin.vm.property.Set", "worker", "netvm", NETVM.encode()),
-        done=lambda i: NETVM in i.ok("admin.vm.property.Get", "worker", "netvm"),
-    ),
-    _brief(
-        "rules",
-        prepare=lambda i: _started(i, "worker"),
-        act=lambda i: i.call("admin.vm.firewall.Set", "worker", payload=RULES.encode()),
-        done=lambda i: i.ok("admin.vm.firewall.Get", "worker") == RULES,
-    ),
-    _brief(
-        "resize",
-        prepare=_with_agent,
-        act=lambda i: i.call("admin.vm.volume.Resize", "worker", "private", LARGER.encode()),
-        done=lambda i: _attribute(i, "admin.vm.volume.Info", "private", "size") == LARGER,
-    ),
-    _brief(
-        "revert",
-        prepare=lambda i: _stopped(i, "worker"),
-        act=_revert,
-        # Reverting again is harmless, and nothing of it can be seen from outside.
-        done=lambda i: exists(i, "worker"),
-    ),
-)
+# Their death may lose events, which is said then.
+TELLERS = ("registry.", "adminapi.")
+# What a client is told where it has to look for itself.
+OUTCOME_UNKNOWN = ("unknown", "is still under way")
+# A tag whose events tell that those before it were read.
+SEEN = "seen"
+RESYNCS = 5
 
 
 # ---- judging
@@ -275,8 +39,8 @@ SCENARIOS: tuple[Scenario, ...] = (
 
 @dataclass(frozen=True)
 class State:
-    """What is there, from outside: records, files, domains, rules in force (uuid -> boot)
-    and rules files."""
+    """What is there, from outside: records, files, kernels' directories, domains, rules in
+    force (uuid -> boot) and rules files; complaints: what the registry says of its store."""
 
     records: dict[str, dict[str, object]]
     operations: list[str]
@@ -284,6 +48,8 @@ class State:
     domains: dict[str, str]
     chains: dict[str, str]
     rules_files: frozenset[str]
+    kernels: frozenset[str]
+    complaints: list[str]
 
 
 def observe(instance: Instance, pool: Path) -> State:
@@ -298,7 +64,7 @@ def observe(instance: Instance, pool: Path) -> State:
             operations.append(f"{row['value']['kind']} at {row['value']['cursor'] or 'begin'}")
     files = frozenset(
         str(path.relative_to(pool))
-        for folder in ("appvms", "vm-templates", ".bulkhead-quarantine")
+        for folder in ("appvms", "vm-templates", ".bulkhead-quarantine", SECOND)
         for path in (pool / folder).rglob("*")
         if path.is_file()
     )
@@ -310,13 +76,33 @@ def observe(instance: Instance, pool: Path) -> State:
         instance.domains(),
         {item.uuid: item.boot_id for item in rules if item.chain},
         frozenset(item.uuid for item in rules if item.rules_file),
+        frozenset(path.name for path in (pool / "vm-kernels").iterdir()),
+        complaints(instance),
     )
+
+
+def complaints(instance: Instance) -> list[str]:
+    """What the registry finds wrong with its own store."""
+    try:
+        status = operator.store_status(instance.settings)
+    except BusError as error:
+        raise AssertionError(f"no status of the store: {error.message}") from error
+    found = [f"the store warns: {warning}" for warning in status.warnings]
+    found.extend(f"in quarantine: {line}" for line in status.quarantined)
+    if status.foreign_edit:
+        found.append(f"qubes.xml is not what was written: {status.foreign_difference}")
+    return found
 
 
 def violations(instance: Instance, pool: Path) -> list[str]:
     """Sentences about every invariant that does not hold now."""
     state = observe(instance, pool)
     found = [f"operation {operation} has not ended" for operation in state.operations]
+    found.extend(state.complaints)
+    listed = instance.ok("bulkhead.kernel.List").splitlines()
+    installed = {json.loads(line)["name"] for line in listed}
+    if state.kernels != installed:
+        found.append(f"kernels {sorted(installed)} are listed, and {sorted(state.kernels)} there")
     allowed: set[str] = set()
     for name, record in state.records.items():
         if record["state"] != "active":
@@ -381,7 +167,7 @@ def wait_quiet(instance: Instance, pool: Path, timeout: float = QUIET_TIMEOUT_S)
     while True:
         try:
             found = violations(instance, pool)
-        except AssertionError as error:
+        except (AssertionError, OSError) as error:
             found = [f"cannot be observed: {error}"]
         if not found or time.monotonic() > deadline:
             return found
@@ -396,13 +182,75 @@ def wait_stored(instance: Instance, timeout: float = QUIET_TIMEOUT_S) -> list[st
     return found
 
 
-def run_case(instance: Instance, pool: Path, scenario: Scenario, *stages: str) -> list[str]:
+def wait_loadable(instance: Instance, timeout: float = QUIET_TIMEOUT_S) -> list[str]:
+    """Differences of what a registry that started now would load from what is served.
+
+    A checkpoint may be written while the files are copied: then they are copied again.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            found = _unlike_when_loaded(instance)
+        except (store.StoreError, OSError, AssertionError) as error:
+            found = [f"the store does not load: {error}"]
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.05)
+
+
+def _unlike_when_loaded(instance: Instance) -> list[str]:
+    with tempfile.TemporaryDirectory() as place:
+        for path in instance.settings.state_dir.iterdir():
+            if path.name == "qubes.xml" or path.name.startswith("journal.sqlite"):
+                shutil.copy(path, Path(place) / path.name)
+        loaded = store.open_store(Path(place))
+        try:
+            lines = set(canonical.lines(loaded.view))
+        finally:
+            loaded.journal.close()
+        served = set(instance.dump().splitlines())
+    return [
+        *(f"served, and not in the store: {line}" for line in sorted(served - lines)),
+        *(f"in the store, and not served: {line}" for line in sorted(lines - served)),
+        *loaded.warnings,
+        *(["the store has a foreign edit"] if loaded.foreign else []),
+    ]
+
+
+def told(instance: Instance, follower: Follower) -> list[str]:
+    """What the stream of events, read to its end, says otherwise than the state."""
+    listed = instance.ok("admin.vm.tag.List", NETVM).split()
+    verb, event = ("Remove", "delete") if SEEN in listed else ("Set", "add")
+    for _ in range(RESYNCS):
+        lost = follower.lost
+        if follower.wait_seen(
+            f"domain-tag-{event}:{SEEN}",
+            partial(instance.ok, f"admin.vm.tag.{verb}", NETVM, SEEN),
+            QUIET_TIMEOUT_S,
+        ):
+            break
+        if follower.lost == lost:
+            return ["an event did not come, and none was said to be lost"]
+        verb, event = ("Set", "add") if verb == "Remove" else ("Remove", "delete")
+    lines = [line.split(" ") for line in instance.ok("admin.vm.List").splitlines()]
+    return follower.problems(
+        {
+            line[0]: next(word for word in line if word.startswith("state="))[6:]
+            for line in lines
+            if line[0] != "dom0"
+        }
+    )
+
+
+def run_case(
+    instance: Instance, pool: Path, follower: Follower, scenario: Scenario, *stages: str
+) -> list[str]:
     """One case; sentences about what does not hold, empty when all is well."""
     scenario.prepare(instance)
     problems = [f"before: {p}" for p in wait_quiet(instance, pool)]
     if problems:
         return problems
-    network_boot = boot_of(instance, NETVM)
+    network_boot, lost = boot_of(instance, NETVM), follower.lost
     instance.arm(*stages)
     try:
         reply = scenario.act(instance)
@@ -421,17 +269,26 @@ def run_case(instance: Instance, pool: Path, scenario: Scenario, *stages: str) -
         problems.append(f"recovery ended the boot of {NETVM}")
     if stages[0].startswith("registry."):
         problems.extend(wait_stored(instance))
+    problems.extend(wait_loadable(instance))
+    problems.extend(told(instance, follower))
+    if follower.lost != lost and not any(name.startswith(TELLERS) for name in fired):
+        problems.append("events were said to be lost, and nothing between them and us died")
     done = scenario.done(instance)
     if reply.kind == "ok" and not done:
         problems.append("the client was told ok, and the effect is not there")
     # adminapi itself may be the victim: then the client sees its connection die.
     if reply.kind == "none" and not stages[0].startswith("adminapi."):
         problems.append(f"the client got no answer {reply.message}")
-    unknown = "unknown" in reply.message or "is still under way" in reply.message
-    if reply.kind == "exc" and done and not unknown and scenario.name != "disposable":
-        problems.append(
-            f"the client was told {reply.exception} ({reply.message}), and the effect is there"
-        )
+    if reply.kind == "exc":
+        vague = any(words in reply.message for words in OUTCOME_UNKNOWN)
+        # A disposable's act is several calls, and the first failure ends it.
+        if done and not vague and scenario.name != "disposable":
+            problems.append(
+                f"the client was told {reply.exception} ({reply.message}), and the effect is there"
+            )
+        # What is restarted goes on: only a part that was away too long is a reason to refuse.
+        if not vague and "nothing was changed" not in reply.message.lower():
+            problems.append(f"a kill made the call fail: {reply.exception} ({reply.message})")
     if not done:
         # A retry must go through, whatever the crash left.
         again = scenario.act(instance)

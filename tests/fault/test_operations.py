@@ -8,6 +8,7 @@ step during recovery; BULKHEAD_FAULT_ALL_HITS=1 kills at every pass, not at one 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import time
 from collections import Counter
@@ -18,9 +19,12 @@ from pathlib import Path
 import pytest
 
 from bulkhead import failpoints
+from bulkhead.model.specs import KINDS
 from clients.cli.instance.supervisor import RESTART_DELAY_LIMIT
 from tests.fakes.loopfs import mounted
-from tests.fault.harness import NETVM, SCENARIOS, TRACE, Scenario, run_case, wait_quiet, wait_stored
+from tests.fault.follower import Follower
+from tests.fault.harness import TRACE, run_case, told, wait_quiet, wait_stored
+from tests.fault.scenarios import NETVM, SCENARIOS, Scenario
 from tests.instance import Instance
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(3600)]
@@ -39,8 +43,11 @@ class Ground:
     instance: Instance
     pool: Path
     trace: Path
+    follower: Follower
     # Failpoints that each scenario passes undisturbed, as far as they are learned.
     passed: dict[str, Counter[str]] = field(default_factory=dict)
+    # Kinds of operations that they are made of.
+    kinds: dict[str, set[str]] = field(default_factory=dict)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +67,13 @@ def ground() -> Iterator[Ground]:
                 }
             )
             prepare(instance, pool)
-            yield Ground(instance, pool, trace)
+            follower = Follower(instance)
+            try:
+                assert told(instance, follower) == []
+                yield Ground(instance, pool, trace, follower)
+            finally:
+                instance.close()
+                follower.close()
         finally:
             instance.close()
 
@@ -93,14 +106,24 @@ def passes(ground: Ground, scenario: Scenario) -> Counter[str]:
     scenario.prepare(ground.instance)
     assert wait_quiet(ground.instance, ground.pool) == []
     ground.trace.write_text("")
+    earlier = operations(ground.instance).keys()
     reply = scenario.act(ground.instance)
     assert reply.kind == "ok", f"{scenario.name}: {reply.exception} {reply.message}"
     assert wait_quiet(ground.instance, ground.pool) == []
     seen = Counter(ground.trace.read_text().split())
+    ground.kinds[scenario.name] = {
+        kind for key, kind in operations(ground.instance).items() if key not in earlier
+    }
     scenario.clean(ground.instance)
     assert wait_quiet(ground.instance, ground.pool) == []
     ground.passed[scenario.name] = seen
     return seen
+
+
+def operations(instance: Instance) -> dict[str, str]:
+    """Id -> kind of the operations that are remembered."""
+    rows = map(json.loads, instance.ok("bulkhead.op.List").splitlines())
+    return {row["id"]: row["kind"] for row in rows}
 
 
 def worth_a_kill(ground: Ground, scenario: Scenario) -> Counter[str]:
@@ -134,7 +157,7 @@ def test_a_kill_at_every_failpoint(ground: Ground, scenario: Scenario) -> None:
     for name, hits in sorted(seen.items()):
         for kills in stages(name, hits):
             cases += 1
-            found = run_case(ground.instance, ground.pool, scenario, *kills)
+            found = run_case(ground.instance, ground.pool, ground.follower, scenario, *kills)
             failures.extend(f"{' then '.join(kills)}: {problem}" for problem in found)
             assert len(failures) < 20, "\n".join(failures)
     failures.extend(wait_stored(ground.instance))
@@ -143,6 +166,12 @@ def test_a_kill_at_every_failpoint(ground: Ground, scenario: Scenario) -> None:
         f"{time.monotonic() - began:.0f} s"
     )
     assert not failures, "\n".join(failures)
+
+
+def test_every_kind_of_operation_is_killed(ground: Ground) -> None:
+    for scenario in SCENARIOS:
+        passes(ground, scenario)
+    assert set().union(*ground.kinds.values()) == set(KINDS)
 
 
 # Tables of which another test kills at every row; what it says to prove that.

@@ -14,7 +14,8 @@ import pytest
 
 from services.domains.simhv.client import SimControl
 from tests.fakes import loopfs
-from tests.fault.harness import boot_of, exists, wait_quiet
+from tests.fault.harness import boot_of, wait_quiet
+from tests.fault.scenarios import exists
 from tests.instance import Instance, Reply, running
 from tests.integration.adminapi_world import add_kernel
 
