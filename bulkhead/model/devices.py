@@ -11,6 +11,7 @@ from bulkhead.model.records import Assignment, DeviceFact, Qube
 from bulkhead.model.view import View
 
 ANY = "*"
+PLUGGABLE = "block"  # the class of devices that a running qube can get and lose
 UNKNOWN_INTERFACE = "?******"
 UNKNOWN_DEVICE = f"0000:0000::{UNKNOWN_INTERFACE}"
 

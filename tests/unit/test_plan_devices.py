@@ -10,7 +10,7 @@ import pytest
 from bulkhead.model.devices import matching, specificity
 from bulkhead.model.plan import PlanRefused
 from bulkhead.model.plan.storage import attached_device
-from bulkhead.model.records import Assignment, FactPut
+from bulkhead.model.records import Assignment, DeviceFact, FactPut
 from bulkhead.model.specs import AttachSpec, DetachSpec
 from tests.unit.plan_world import World, names, pairs, refused, snapshot, world
 
@@ -135,6 +135,18 @@ def test_refused(w: World) -> None:
     no_change(w, AttachSpec("work", replace(STICK, identity="1:2")), "DEVICE_UNKNOWN")
     offer(w, "sdc", device_id="0000:0000::?******")
     no_change(w, AttachSpec("work", replace(STICK, port="sdc")), "DEVICE_UNKNOWN")
+
+
+def test_pci_functions_are_neither_plugged_nor_unplugged(w: World) -> None:
+    w.start("work")
+    card = DeviceFact(w.view.adminvm.uuid, "pci", "00_1f.2", "8086:1234::p028000")
+    w.view.apply(FactPut(card))
+    device = Assignment("pci", "dom0", "00_1f.2", "*", "manual")
+    assert no_change(w, AttachSpec("work", device), "DEVICE_NOT_PLUGGABLE") == [
+        "work:device-pre-attach:pci"
+    ]
+    w.view.apply(FactPut(replace(card, attached_to=w.qube("work").uuid)))
+    assert no_change(w, DetachSpec("work", device), "DEVICE_NOT_PLUGGABLE") == []
 
 
 def test_a_denied_interface_is_refused_before_anything_else(w: World) -> None:

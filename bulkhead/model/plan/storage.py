@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from bulkhead.model import events
 from bulkhead.model.defaults import default_revisions
-from bulkhead.model.devices import UNKNOWN_INTERFACE, is_known, matching
+from bulkhead.model.devices import PLUGGABLE, UNKNOWN_INTERFACE, is_known, matching
 from bulkhead.model.evaluate import evaluate, feature
 from bulkhead.model.grammar import check_pool_name, check_revision, shown
 from bulkhead.model.plan.base import Draft, need_qube
@@ -431,7 +431,7 @@ def begin_attach(draft: Draft, operation: Operation, spec: AttachSpec, fresh: Fr
         raise Refusal(
             "QUBE_NOT_RUNNING", f"Backend '{backend.name}' does not run", qube=backend.name
         )
-    if device.devclass != "block":
+    if device.devclass != PLUGGABLE:
         raise Refusal(
             "DEVICE_NOT_PLUGGABLE",
             f"A {device.devclass} device cannot be attached to the running '{qube.name}':"
@@ -603,6 +603,13 @@ def begin_detach(draft: Draft, operation: Operation, spec: DetachSpec, fresh: Fr
             and kept.identity in ("*", fact.device_id)
         ):
             need_halted(view, qube, "detach a device that it requires")
+    if fact.devclass != PLUGGABLE:
+        raise Refusal(
+            "DEVICE_NOT_PLUGGABLE",
+            f"A {fact.devclass} device cannot be taken from the running '{qube.name}':"
+            " unassign it and shut the qube down",
+            qube=qube.name,
+        )
     draft.emit(events.device_pre_detach(qube, fact.devclass, backend.name, fact.port))
     return replace(
         operation,

@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from bulkhead.model.devices import is_known, matches, matching, specificity
+from bulkhead.model.devices import PLUGGABLE, is_known, matches, matching, specificity
 from bulkhead.model.records import Assignment, DeviceFact, Phase, Qube
 from bulkhead.model.specs import AttachSpec
 from bulkhead.model.view import View
 
 AUTO = "auto-attach"
-# Only disks can be plugged into a running qube.
-PLUGGABLE = "block"
 
 
 def _wishes(qube: Qube) -> list[Assignment]:
