@@ -12,6 +12,7 @@ from bulkhead.model.plan import PlanRefused
 from bulkhead.model.plan.storage import attached_device
 from bulkhead.model.records import Assignment, DeviceFact, FactPut
 from bulkhead.model.specs import AttachSpec, DetachSpec
+from services.lifecycle.core.attaching import at_appearance, at_start
 from tests.unit.plan_world import World, names, pairs, refused, snapshot, world
 
 ID = "0000:0000::?******:0"  # a block device without a parent
@@ -181,3 +182,55 @@ def test_which_devices_an_assignment_means(w: World) -> None:
     ranked = [("sda", "1:2"), ("sda", "*"), ("*", "1:2"), ("*", "*")]
     claims = [specificity(Assignment("block", "*", p, i, "auto-attach")) for p, i in ranked]
     assert claims == sorted(claims, reverse=True) and len(set(claims)) == 4
+
+
+# ---- devices that attach themselves
+
+
+def specs_of(found: Any) -> list[tuple[str, str, str, dict[str, str]]]:
+    return [(s.qube, s.device.port, s.device.mode, dict(s.device.options)) for s in found]
+
+
+def wish(port: str = "*", identity: str = "*", **options: str) -> Assignment:
+    return Assignment("block", "sys-net", port, identity, "auto-attach", options)
+
+
+def test_a_started_qube_gets_each_free_device_once_by_its_best_claim(w: World) -> None:
+    w.start("work")
+    offer(w, "sda")
+    offer(w, "sdb", attached_to=w.qube("vault").uuid)
+    offer(w, "sdc", device_id="0000:0000::?******")
+    offer(w, "sdd")
+    w.patch(
+        "work",
+        devices=(
+            wish(devtype="cdrom"),
+            wish("sda"),
+            replace(wish("sdd"), mode="required"),
+            replace(wish("sdd"), devclass="pci"),
+        ),
+    )
+    assert specs_of(at_start(w.view, w.qube("work"))) == [
+        ("work", "sda", "auto-attach", {}),
+        ("work", "sdd", "auto-attach", {"devtype": "cdrom"}),
+    ]
+    w.patch("sys-net", devices=(wish(),))
+    assert specs_of(at_start(w.view, w.qube("sys-net"))) == []  # its own devices
+
+
+def test_a_device_that_appears_goes_to_the_one_running_qube_that_wants_it(w: World) -> None:
+    w.start("work")
+    w.patch("work", devices=(wish(), wish("sda", ID, devtype="cdrom")))
+    w.patch("vault", devices=(wish("sda"),))
+    spec, claims = at_appearance(w.view, offer(w, "sda"))
+    assert (specs_of([spec]), claims) == (
+        [("work", "sda", "auto-attach", {"devtype": "cdrom"})],
+        ("work",),
+    )
+    w.start("vault")
+    assert at_appearance(w.view, offer(w, "sda")) == (None, ("vault", "work"))
+    taken = offer(w, "sda", attached_to=w.qube("vault").uuid)
+    assert at_appearance(w.view, taken) == (None, ())
+    assert at_appearance(w.view, replace(taken, backend_uuid="gone")) == (None, ())
+    card = DeviceFact(w.view.adminvm.uuid, "pci", "00_1f.2", "8086:1234::p028000")
+    assert at_appearance(w.view, card) == (None, ())
