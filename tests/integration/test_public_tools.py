@@ -17,11 +17,13 @@ from pathlib import Path
 
 import pytest
 
+from services.adminapi.core.calls import CALLS
 from services.domains.simhv.client import SimControl
 from tests.fakes.public_tools import ToolFailure, Tools
 from tests.fakes.strict_client import (
     AccessError,
     Cache,
+    Choke,
     Event,
     PropertyAccessError,
     Qube,
@@ -40,7 +42,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
 
 RPC = Path(__file__).parents[2] / "deploy/qubes-rpc"
 DOM0 = "00000000-0000-0000-0000-000000000000"
-SMALL = 64 * MIB
+SMALL = 8 * MIB
 
 
 class World:
@@ -233,6 +235,29 @@ def test_probes(api: StrictClient) -> None:
         assert colour.startswith("0x")
         assert len(colour) == 8
         assert whole_number(api.call("admin.label.Index", "dom0", label)) > 0
+
+
+def test_no_answer_is_unreadable(api: StrictClient, tools: Tools) -> None:
+    """Every call with words that a careless message would repeat: all are read, none formats
+    into something else, and nothing is left without an answer."""
+    tools.create("percent")
+    asked = 0
+    for row in CALLS["admin"].values():
+        if row.stream or row.name == "admin.vm.Remove":
+            continue
+        for dest in ("percent", "dom0", "no%d"):
+            for arg, payload in (("", b""), ("%d", b""), ("%s+%(x)s", b"%d=%s\n"), ("a%", b"%")):
+                asked += 1
+                try:
+                    api.call(row.name, dest, arg, payload)
+                except Choke:
+                    raise
+                except AccessError:
+                    pytest.fail(f"{row.name}+{arg} on {dest} is not answered")
+                except Exception as error:
+                    assert getattr(error, "wire_name", ""), error
+    assert asked > 1000
+    assert set(tools.ls()) >= {"dom0", "percent", "tmpl"}
 
 
 def test_get_all_that_policy_refuses(world: World, api: StrictClient, tools: Tools) -> None:
@@ -874,6 +899,9 @@ def test_desktop_programs(world: World, api: StrictClient, tools: Tools, events:
 # ---- a manager that runs for long
 
 
+RECONNECT_S = 0.1  # a second with the release's client
+
+
 class Manager(threading.Thread):
     """A long-lived program: one stream, a cache, and a new stream where one breaks."""
 
@@ -894,6 +922,10 @@ class Manager(threading.Thread):
                     self._follow()
                 except (StreamBroken, AccessError):
                     self.breaks += 1
+                except (ConnectionRefusedError, FileNotFoundError):
+                    # Nobody listens: the client asks again a little later.
+                    with self._news:
+                        self._news.wait(RECONNECT_S)
         except BaseException as error:
             self.failure = error
             with self._news:
@@ -1024,6 +1056,23 @@ def test_a_manager_survives_a_restart(
     assert manager.breaks >= 1
     assert manager.cache.reloads >= 2
     assert differences(manager, api) == []
+
+
+def test_a_manager_survives_a_new_start_of_everything(
+    world: World, api: StrictClient, tools: Tools, manager: Manager
+) -> None:
+    tools.create("late")
+    tools.start("late")
+    assert world.instance.stop() == 0
+    world.instance.start()
+    # Guests outlive what manages them, and are found again.
+    api.set("late", "vcpus", "1")
+    api.do("admin.vm.tag.Set", "dom0", "anew")
+    manager.wait("domain-tag-add:anew")
+    assert manager.cache.reloads >= 2
+    assert differences(manager, api) == []
+    assert api.state("late") == "Running"
+    tools.power("Kill", "late")
 
 
 def _tagged(api: StrictClient, tag: str) -> bool:
