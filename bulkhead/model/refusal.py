@@ -106,6 +106,7 @@ _ROWS: tuple[Reason, ...] = (
     Reason("INVALID_NOTES", "INVALID_ARGUMENT", "notes are not UTF-8 or too long"),
     Reason("INVALID_RULE", "INVALID_ARGUMENT", "a firewall rule breaks the grammar"),
     Reason("KERNEL_NOT_INSTALLED", "FAILED_PRECONDITION", "kernel or its vmlinuz is missing"),
+    Reason("FACTS_MISSING", "UNAVAILABLE", "their owner has not reported yet; ask again"),
     Reason("LIMIT_REACHED", "RESOURCE_EXHAUSTED", "no free qid, dispid or queue place"),
     Reason("OPERATION_NOT_FOUND", "NOT_FOUND", "no such operation"),
     Reason("STALE_EPOCH", "ABORTED", "a newer lifecycle took over"),

@@ -48,7 +48,7 @@ def parse_property(
     guards False leaves out what depends on the run state, installed kernels and users
     of the qube (see check_guards). Refusals: INVALID_VALUE and INVALID_NAME for text
     that is no value of the type, PROPERTY_READ_ONLY, LABEL_NOT_FOUND,
-    INVALID_PROPERTY_VALUE, and those of check_guards.
+    INVALID_PROPERTY_VALUE, FACTS_MISSING, and those of check_guards.
     """
     if not untrusted_value.isascii():
         raise _invalid(qube, row, untrusted_value, "Non-ASCII bytes in property value")
@@ -63,6 +63,13 @@ def parse_property(
     if row.write_once:
         raise _write_once(qube, row)
     text = _check(view, qube, row, text)
+    if row.name in _KERNELS and text and not view.storage_reported:
+        # Before anything is announced: the same call comes again and finds it known.
+        raise Refusal(
+            "FACTS_MISSING",
+            f"storage has not told yet which kernels are installed: {row.name} cannot be checked",
+            property=row.name,
+        )
     if guards:
         check_guards(view, qube, row, text)
     return text
@@ -398,6 +405,8 @@ _SYSTEM_SETTERS: Mapping[str, _Setter] = {
 
 
 # ---- guards: what forbids a valid value now
+
+_KERNELS = frozenset({"kernel", "default_kernel"})
 
 
 def kernel_goes(view: View, name: str) -> bool:

@@ -196,6 +196,12 @@ class View:
         fact = self._facts.get(f"pool/{name}")
         return fact if isinstance(fact, PoolFact) else None
 
+    @property
+    def storage_reported(self) -> bool:
+        """storage has told what there is since the registry started: what is missing is
+        not there. One report tells of all pools and kernels."""
+        return any(self.pool_fact(name) is not None for name in self.pools) or any(self.kernels())
+
     def power(self, uuid: str) -> PowerFact | None:
         """What the hypervisor last said of a qube, whichever boot it was."""
         fact = self._facts.get(f"power/{uuid}")

@@ -278,6 +278,8 @@ def test_silence_is_looked_into_only_after_domains_has_reported(view: View) -> N
 
 
 def test_a_start_waits_for_reports_and_a_create_does_not(view: View) -> None:
+    assert facts.missing(view, "START") == ""
+    view.apply(FactRemoved("kernel/6.1"))
     assert facts.missing(view, "START") == "storage"
     view.apply(FactPut(PoolFact("linux-kernel")))
     assert facts.missing(view, "START") == ""

@@ -12,14 +12,18 @@ from bulkhead.model.evaluate import evaluate, to_wire
 from bulkhead.model.properties import ALL_ROWS, CLASSES, INT_LIMIT, find_row, rows_for
 from bulkhead.model.records import (
     Assignment,
+    FactPut,
+    FactRemoved,
     KernelFact,
     Label,
     LabelPut,
     Phase,
+    PoolFact,
     Qube,
     QubePut,
     RecordState,
     Run,
+    fact_key,
 )
 from bulkhead.model.refusal import Refusal
 from bulkhead.model.setters import check_reset, parse_property, parse_stored
@@ -389,3 +393,14 @@ def test_any_text_is_stored_or_refused(text: str) -> None:
 
 
 _SHARED = world_of_everything()
+
+
+@pytest.mark.parametrize(("holder", "name"), [("work", "kernel"), ("", "default_kernel")])
+def test_a_kernel_cannot_be_judged_before_storage_has_reported(holder: str, name: str) -> None:
+    world = world_of_everything()
+    for fact in list(world.view.facts().values()):
+        if isinstance(fact, KernelFact | PoolFact):
+            world.view.apply(FactRemoved(fact_key(fact)))
+    assert refusal(world, holder, name, KERNEL).reason == "FACTS_MISSING"
+    world.view.apply(FactPut(PoolFact("linux-kernel")))
+    assert refusal(world, holder, name, KERNEL).reason == "INVALID_PROPERTY_VALUE"

@@ -87,6 +87,7 @@ _MODEL: Mapping[str, str] = {
     "INVALID_ASSIGNMENT_MODE": "QubesUnrecognizedDeviceAssignmentMode",
     "INVALID_NOTES": _PROTOCOL,
     "KERNEL_NOT_INSTALLED": _GENERIC,
+    "FACTS_MISSING": _GENERIC,
     "LIMIT_REACHED": _GENERIC,
     "OPERATION_NOT_FOUND": _GENERIC,
     "STALE_EPOCH": _GENERIC,

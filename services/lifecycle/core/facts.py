@@ -22,6 +22,4 @@ def missing(view: View, kind: str) -> str:
     """The service whose report an operation of that kind has to wait for, "" = none."""
     if kind in READ_HOST and view.host is None:
         return "domains"
-    # One report tells of all of them; a pool that is new may come in the next.
-    unknown = all(view.pool_fact(name) is None for name in view.pools)
-    return "storage" if kind in READ_POOLS and view.pools and unknown else ""
+    return "storage" if kind in READ_POOLS and not view.storage_reported else ""
