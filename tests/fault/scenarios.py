@@ -412,9 +412,10 @@ def _hand_out(instance: Instance) -> Reply:
     reply = instance.call("admin.vm.CreateDisposable", "dvm")
     if reply.kind != "ok":
         return reply
-    state = instance.call("admin.vm.CurrentState", reply.text)
-    if not state.text.endswith("power_state=Running"):
-        return state if state.kind != "ok" else Reply("exc", message=f"it is handed out: {state}")
+    # Where none waits it gets a new one, which the client starts.
+    started = instance.call("admin.vm.Start", reply.text)
+    if started.kind != "ok":
+        return started
     killed = instance.call("admin.vm.Kill", reply.text)
     return _settled(instance, _ready) if killed.kind == "ok" else killed
 
