@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clients.admin import AdminClient
-from clients.cli import qvm_clone, qvm_volume, tool
+from clients.cli import qvm_clone, qvm_prefs, qvm_volume, tool
 
 WITH_TEMPLATE = ("AppVM", "DispVM")
 
@@ -50,7 +50,7 @@ def work(args: argparse.Namespace, api: AdminClient) -> int:
         if template and klass == "StandaloneVM":
             api.call("admin.vm.volume.Clear", args.name, "private")
         for key, value in settings.items():
-            api.set(args.name, key, value)
+            qvm_prefs.put(api, args.name, key, value)
         if root:
             qvm_volume.bring(api, f"{args.name}:root", root, None, resize=True, quiet=args.quiet)
     except BaseException:

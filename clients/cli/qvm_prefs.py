@@ -35,11 +35,14 @@ def work(args: argparse.Namespace, api: AdminClient) -> int:
     if args.value is None:
         print(shown(api.get(args.qube, args.property)))
         return 0
-    value = args.value
-    if value.lower() == "none" and api.get(args.qube, args.property).type == "vm":
-        value = ""
-    api.set(args.qube, args.property, value)
+    put(api, args.qube, args.property, args.value)
     return 0
+
+
+def put(api: AdminClient, qube: str, name: str, typed: str) -> None:
+    """Set a property to what was typed: "none" is no qube where one is meant."""
+    value = "" if typed.lower() == "none" and api.get(qube, name).type == "vm" else typed
+    api.set(qube, name, value)
 
 
 def shown(value: PropertyValue) -> str:

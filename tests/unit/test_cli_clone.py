@@ -28,6 +28,8 @@ OLD: dict[str, Answer] = {
     "admin.vm.List": LIST,
     "admin.vm.property.Get+template work": "default=False type=vm tmpl",
     "admin.vm.property.Get+label work": "default=False type=label red",
+    "admin.vm.property.Get+netvm new": "default=True type=vm net",
+    "admin.vm.property.Get+dns new": "default=True type=str ",
     "admin.vm.Create.AppVM": "",
     "admin.vm.Create.DispVM": "",
     "admin.vm.Create.StandaloneVM": "",
@@ -164,6 +166,13 @@ def test_create(tmp_path: Path) -> None:
         where = ["--socket", str(tmp_path / "s"), "new", "-l", "red"]
         assert qvm_create.main([*where, "-t", "tmpl"]) == 0
         assert qvm_create.main([*where, "-P", "fast", "--prop", "netvm="]) == 0
+        assert qvm_create.main([*where, "--prop", "netvm=none", "--prop", "dns=None"]) == 0
+        assert [call.payload for call in daemon.calls if ".Set" in call.method] == [
+            b"",
+            b"",
+            b"None",
+        ]
+        del daemon.calls[3:]
         assert qvm_create.main([*where, "--standalone"]) == 0
         assert qvm_create.main(["--socket", str(tmp_path / "s"), "d", "--disp", "-t", "dvm"]) == 0
     assert daemon.briefs == [
