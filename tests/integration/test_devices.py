@@ -64,8 +64,20 @@ class Lab(Script):
         self.subscribe("all")
 
     def offer(self, backend: str, *devices: dict[str, Any]) -> None:
-        """All that a backend has from now on."""
+        """All that a backend has from now on; returns when that is listed."""
         self.sim.devices(self.uuid[backend], *devices)
+        wanted = {(str(d["devclass"]), str(d["port"])) for d in devices}
+        self.instance.until(lambda: self.listed(backend) == wanted, 10, "the devices are listed")
+
+    def listed(self, backend: str) -> set[tuple[str, str]]:
+        """Class and port of everything that a backend offers."""
+        return {
+            (devclass, line.partition(":")[0])
+            for devclass in ("block", "pci")
+            for line in self.instance.ok(
+                f"admin.vm.device.{devclass}.Available", backend
+            ).splitlines()
+        }
 
     def until(self, last: str) -> list[str]:
         """Events of all up to that line."""

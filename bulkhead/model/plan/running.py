@@ -256,7 +256,7 @@ def begin_shutdown(
             if power_state(draft.view, qube) == "Paused" and not is_preload(draft.view, qube):
                 raise Refusal(
                     "QUBE_NOT_RUNNING",
-                    f"Domain is paused: '{qube.name}'; unpause it, or force the shutdown",
+                    f"Domain not running (either powered off or paused): '{qube.name}'",
                     qube=qube.name,
                 )
     except Refusal as refusal:

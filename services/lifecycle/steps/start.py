@@ -10,16 +10,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from bulkhead.api import domains_pb2, firewall_pb2, hostd_pb2, storage_pb2
+from bulkhead.bus.errors import BusError
 from bulkhead.model.evaluate import (
     effective_default_user,
     evaluate,
     is_running,
 )
 from bulkhead.model.features import truthy
+from bulkhead.model.plan.devices import identity
 from bulkhead.model.records import OperationState, Phase, Problem, Qube
 from bulkhead.model.specs import StartSpec
 from services.lifecycle.core import boot, guest_keys
@@ -87,13 +89,13 @@ class Devices:
     async def forward(self, context: StepContext) -> Outcome:
         qube = subject(context)
         for assignment in boot.missing_devices(context.view, qube):
+            device = identity(assignment)
             raise StepFailed(
                 Problem(
                     "NOT_FOUND",
                     "DEVICE_UNKNOWN",
-                    f"required device {assignment.backend}:{assignment.port} "
-                    f"({assignment.devclass}) of {qube.name} is not available",
-                    {"qube": qube.name, "device": f"{assignment.backend}:{assignment.port}"},
+                    f"{assignment.devclass.capitalize()} device {device} not available",
+                    {"qube": qube.name, "device": device},
                 )
             )
         return Outcome()
@@ -121,12 +123,10 @@ class Netvm:
             except TimeoutError as error:
                 raise StepFailed(_netvm_problem(qube, backend, "it takes too long")) from error
             if ended.state is not OperationState.SUCCEEDED:
-                why = ended.error.message if ended.error is not None else ended.state.value
-                problem = _netvm_problem(qube, backend, why)
-                if ended.error is not None:
-                    # The same kind of refusal as the netvm's own start gives.
-                    problem = replace(problem, code=ended.error.code, reason=ended.error.reason)
-                raise StepFailed(problem)
+                if ended.error is None:
+                    raise StepFailed(_netvm_problem(qube, backend, ended.state.value))
+                # The very refusal that the netvm's own start gives.
+                raise StepFailed(ended.error)
             if not is_running(context.view, context.view.by_uuid_any(backend.uuid) or backend):
                 await context.executor.changed(1.0)
                 context.attempt += 1
@@ -151,13 +151,25 @@ class Memory:
         qube = subject(context)
         if boot.is_namespace_netvm(context.view, qube):
             return Outcome()
-        await context.participants.domains.reserve_memory(
-            domains_pb2.ReserveMemoryRequest(
-                boot_id=boot_id(context), bytes=boot.memory_bytes(context.view, qube)
-            ),
-            timeout=60.0,
-            context=context.call(),
-        )
+        try:
+            await context.participants.domains.reserve_memory(
+                domains_pb2.ReserveMemoryRequest(
+                    boot_id=boot_id(context), bytes=boot.memory_bytes(context.view, qube)
+                ),
+                timeout=60.0,
+                context=context.call(),
+            )
+        except BusError as error:
+            if error.reason != "NOT_ENOUGH_MEMORY":
+                raise
+            raise StepFailed(
+                Problem(
+                    error.code,
+                    error.reason,
+                    f"Not enough memory to start domain '{qube.name}'",
+                    {**error.metadata, "qube": qube.name, "detail": error.message},
+                )
+            ) from error
         return Outcome()
 
     async def undo(self, context: StepContext) -> None:
