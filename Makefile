@@ -84,17 +84,17 @@ check: setup
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 
-unit: setup
+unit: setup kernel
 	@$(BIN)/pytest tests/unit
 
-contract: setup
+contract: setup kernel
 	@$(BIN)/pytest tests/contract
 
 integration: setup kernel
 	@$(BIN)/pytest tests/integration
 
 # One kill at every failpoint of every operation.
-fault: setup
+fault: setup kernel
 	@BULKHEAD_FAULT_KILLS=2 $(BIN)/pytest tests/fault --timeout 3600
 
 test: check kernel
