@@ -84,7 +84,7 @@ check: setup
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 
-unit: setup kernel
+unit: setup
 	@$(BIN)/pytest tests/unit
 
 contract: setup kernel

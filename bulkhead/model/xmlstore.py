@@ -604,8 +604,7 @@ def _device_elements(domain: _Element) -> Iterable[tuple[str, _Element]]:
 
 def _assignment(devclass: str, element: _Element) -> Assignment:
     options: dict[str, str] = {
-        option.get("name", ""): option.text or ""
-        for option in element.findall("option")
+        option.get("name", ""): option.text or "" for option in element.findall("option")
     }
     identity = options.pop("identity", "") or element.get("identity") or grammar.ANY
     mode = element.get("mode")
