@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 ROOT_VARIABLE = "BULKHEAD_ROOT"
+SYSTEM = Path("/var")
 QREXEC_CLIENT = "/usr/bin/qrexec-client-vm"
 _SOCKETS = {
     "admin": "run/qubesd.sock",
@@ -19,8 +20,15 @@ _SOCKETS = {
 
 
 def socket_path(root: Path | str | None = None, name: str = "admin") -> Path:
-    """The socket below root, else below $BULKHEAD_ROOT, else the system's in /var/run."""
+    """The socket below root, else below $BULKHEAD_ROOT, else the system's in /var/run.
+
+    Where the system's Admin API socket is a link into an instance, the others are beside
+    what it points to: one link is enough for tools that only know the system's paths.
+    """
     chosen = str(root) if root is not None else os.environ.get(ROOT_VARIABLE, "")
     if chosen:
         return Path(chosen).absolute() / _SOCKETS[name]
-    return Path("/var") / _SOCKETS[name]
+    admin, place = SYSTEM / _SOCKETS["admin"], SYSTEM / _SOCKETS[name]
+    if name == "admin" or not admin.is_symlink():
+        return place
+    return admin.resolve().with_name(place.name)

@@ -189,7 +189,7 @@ def bring(
             if api.path is None:
                 _through_qrexec(qube, volume, source, size, bar, resize=resize)
             else:
-                internal = AdminClient(Path(api.path).with_name("qubesd.internal.sock"))
+                internal = AdminClient(Path(api.path).resolve().with_name("qubesd.internal.sock"))
                 _into_path(internal, qube, volume, source, size, bar, resize=resize)
         finally:
             bar.clear()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clients.admin import exceptions, wire
+from clients.admin import exceptions, paths, wire
 from clients.admin.paths import socket_path
 from services.adminapi.core import frame
 from services.adminapi.core.exceptions import CLASSES
@@ -132,3 +132,17 @@ def test_socket_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     assert socket_path("/x", "misc") == Path("/x/run/qubesd.misc.sock")
     monkeypatch.setenv("BULKHEAD_ROOT", "/y")
     assert socket_path() == Path("/y/run/qubesd.sock")
+
+
+def test_the_other_sockets_are_where_a_link_leads(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("BULKHEAD_ROOT", raising=False)
+    monkeypatch.setattr(paths, "SYSTEM", tmp_path)
+    (tmp_path / "run").mkdir()
+    link = tmp_path / "run/qubesd.sock"
+    assert socket_path(None, "internal") == link.with_name("qubesd.internal.sock")
+    link.symlink_to("/i/run/qubesd.sock")
+    assert socket_path() == link
+    assert socket_path(None, "internal") == Path("/i/run/qubesd.internal.sock")
+    assert socket_path(None, "misc") == Path("/i/run/qubesd.misc.sock")
