@@ -15,6 +15,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from sys import intern
 from typing import Any, TypeVar
 
 from bulkhead.api import envelope_pb2, records_pb2, registry_pb2
@@ -97,7 +98,8 @@ def _pairs_to(pairs: Iterable[tuple[str, str]]) -> list[records_pb2.KeyValue]:
 
 
 def _pairs_from(pairs: Iterable[records_pb2.KeyValue]) -> dict[str, str]:
-    return {pair.key: pair.value for pair in pairs}
+    # Every qube has the same few keys: one copy serves all of them.
+    return {intern(pair.key): pair.value for pair in pairs}
 
 
 # ---- events
@@ -167,15 +169,15 @@ def volume_to_proto(volume: Volume) -> records_pb2.Volume:
 def volume_from_proto(message: records_pb2.Volume) -> Volume:
     """A declared volume."""
     return Volume(
-        message.name,
-        message.pool,
+        intern(message.name),
+        intern(message.pool),
         message.vid,
         message.size,
         message.revisions_to_keep,
         message.rw,
         message.save_on_stop,
         message.snap_on_start,
-        message.source,
+        intern(message.source),
         message.ephemeral if message.HasField("ephemeral") else None,
     )
 
@@ -239,11 +241,11 @@ def qube_from_proto(message: records_pb2.Qube) -> Qube:
         uuid=message.uuid,
         name=message.name,
         qid=message.qid,
-        klass=message.klass,
+        klass=intern(message.klass),
         state=_known(_STATE_FROM, message.state, "record state"),
         properties=_pairs_from(message.properties),
         features=_pairs_from(message.features),
-        tags=frozenset(message.tags),
+        tags=frozenset(map(intern, message.tags)),
         devices=tuple(map(assignment_from_proto, message.devices)),
         volumes=tuple(map(volume_from_proto, message.volumes)),
         notes=message.notes,

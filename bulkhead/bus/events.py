@@ -26,7 +26,7 @@ import zmq
 
 from bulkhead import codec
 from bulkhead.api import records_pb2, registry_pb2
-from bulkhead.bus import sockets
+from bulkhead.bus import memory, sockets
 from bulkhead.bus.client import CallContext, Connections
 from bulkhead.bus.errors import BusError, bus_error
 from bulkhead.bus.frames import (
@@ -46,6 +46,8 @@ HIDDEN_READERS = frozenset({"lifecycle", "dispvm"})
 PROGRESS_S = 1.0
 _BATCH = 256
 _RETRY_S = 0.1
+# After a snapshot: long enough for those who waited for it to be answered first.
+_SETTLE_S = 1.0
 
 
 class Publisher:
@@ -218,6 +220,7 @@ class ReplicaRunner:
         self._boot = ""
         self._scheduled = False
         self._closed = False
+        self._settling: asyncio.TimerHandle | None = None
         self.view = View()
         self.seq = 0
         self.revision = 0
@@ -294,6 +297,8 @@ class ReplicaRunner:
     def close(self) -> None:
         """Stop following."""
         self._closed = True
+        if self._settling is not None:
+            self._settling.cancel()
         self._loop.remove_reader(self._fd)
         self._socket.close(linger=0)
 
@@ -380,6 +385,9 @@ class ReplicaRunner:
             self._log.warning("the view was loaded anew: %s", self._replica.last_reason)
         self._ready.set()
         self._tell(Entry(load.seq, load.revision, resync=True, previous=previous))
+        if self._settling is not None:
+            self._settling.cancel()
+        self._settling = self._loop.call_later(_SETTLE_S, memory.settle)
 
     def _apply(self, entry: records_pb2.StreamEntry) -> None:
         changes = []

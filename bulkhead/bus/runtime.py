@@ -16,7 +16,6 @@ import argparse
 import asyncio
 import contextlib
 import fcntl
-import gc
 import logging
 import os
 import signal
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bulkhead.api import control_pb2
-from bulkhead.bus import confine, sockets
+from bulkhead.bus import confine, memory, sockets
 from bulkhead.bus.client import Channel, Connections
 from bulkhead.bus.confine import Confinement
 from bulkhead.bus.dispatch import Bounds, Dispatcher
@@ -337,9 +336,7 @@ async def _run(
     context = ServiceContext(settings, service, secret)
     zap = ZapHandler(context.zmq, context.identities, context.log)
     running = await start_service(context, build, names, work_bounds)
-    # What is here now stays: collections need not look at it again.
-    gc.collect()
-    gc.freeze()
+    memory.settle()
     log.info("serving")
     stopped = loop.create_task(stop.wait())
     ends: list[asyncio.Future[Any]] = [stopped, context.failed]
