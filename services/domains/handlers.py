@@ -21,7 +21,13 @@ from bulkhead import failpoints
 from bulkhead.api import control_pb2, domains_pb2
 from bulkhead.bus.dispatch import Call
 from bulkhead.bus.errors import from_refusal
-from bulkhead.model.records import DeviceFact, HostFact, PowerFact
+from bulkhead.model.records import (
+    ADMINVM_NAME,
+    ADMINVM_UUID,
+    DeviceFact,
+    HostFact,
+    PowerFact,
+)
 
 from . import failpoint_table as _failpoint_table  # noqa: F401  (declares the failpoints)
 from . import messages
@@ -413,9 +419,20 @@ class DomainsHandlers:
             self._devices.offer(boot.uuid, block_facts(boot.uuid, untrusted_keys))
             self._tell_devices()
 
+    async def _look_for_host_block(self) -> None:
+        """What dom0's own database says of dom0's block devices; udev fills it."""
+        try:
+            untrusted_keys = await self._keys.read(Boot(ADMINVM_UUID, "", ADMINVM_NAME), BLOCK_KEYS)
+        except DomainsError as error:
+            self._log.debug("dom0's block devices cannot be read: %s", error)
+            return
+        self._devices.offer("dom0", block_facts(ADMINVM_UUID, untrusted_keys))
+        self._tell_devices()
+
     async def watch_block(self) -> None:
         """Where guests write keys themselves: look again every few seconds. Never ends."""
         while True:
+            await self._look_for_host_block()
             await asyncio.sleep(BLOCK_S)
             try:
                 domains = await self._hypervisor.inventory(DESCRIBE_S)

@@ -16,6 +16,7 @@ from bulkhead.api import domains_pb2 as pb
 from bulkhead.bus.dispatch import Call
 from bulkhead.bus.errors import BusError
 from bulkhead.model.records import ADMINVM_UUID, DeviceFact, HostFact
+from services.domains.adapters.guest_keys import Boot, FileKeys
 from services.domains.adapters.qmemman import MemoryManager
 from services.domains.core.reasons import REASONS
 from services.domains.core.spec import DomainSpec, InterfaceSpec
@@ -731,6 +732,59 @@ def test_attachments_are_found_again_after_a_restart(sim: SimBench, tmp_path: Pa
     found: list[object] = []
     run(sim, tmp_path, before)
     run(sim, tmp_path, after)
+
+
+def test_a_withdrawn_disk_is_taken_from_who_had_it(sim: SimBench, tmp_path: Path) -> None:
+    """What the backend puts at that place next must not reach the former holder."""
+    usb, work = sim.spec(38), sim.spec(39)
+    key = f"device/{usb.uuid}/block/sda"
+    said = [
+        pb.GuestKey(path="/qubes-block-devices/sda/size", value="4096"),
+        pb.GuestKey(path="/qubes-block-devices/sda/mode", value="w"),
+    ]
+
+    async def body(running: Service) -> None:
+        handlers, held = running.handlers, running.listener.held
+        for spec in (usb, work):
+            await started(running, spec)
+        await handlers.write_guest_keys(pb.WriteGuestKeysRequest(boot=boot(usb), keys=said), call())
+        disk = pb.DiskSpec(
+            target="xvdi", path="/dev/sda", block=True, backend=usb.name, backend_uuid=usb.uuid
+        )
+        await handlers.attach_disk(pb.AttachDiskRequest(boot=boot(work), disk=disk), call())
+        await until(lambda: getattr(held.get(key), "attached_to", "") == work.uuid, 5, "attachment")
+        await handlers.write_guest_keys(
+            pb.WriteGuestKeysRequest(boot=boot(usb), removed=["/qubes-block-devices/"]), call()
+        )
+        await until(lambda: key not in held, 5, "the withdrawal")
+
+        await handlers.write_guest_keys(pb.WriteGuestKeysRequest(boot=boot(usb), keys=said), call())
+        await until(
+            lambda: getattr(held.get(key), "attached_to", "?") == "", 5, "it is back and free"
+        )
+        disks = (await asyncio.to_thread(sim.control.guest, work.uuid))["disks"]
+        assert "xvdi" not in {disk["target"] for disk in disks}
+
+    run(sim, tmp_path, body)
+
+
+def test_block_devices_of_dom0_are_in_its_own_keys(sim: SimBench, tmp_path: Path) -> None:
+    key = f"device/{ADMINVM_UUID}/block/sdz"
+
+    async def body(running: Service) -> None:
+        keys = FileKeys(running.keys)
+        said = [
+            ("/qubes-block-devices/sdz/size", "4096"),
+            ("/qubes-block-devices/sdz/mode", "w"),
+        ]
+        await keys.write(Boot(ADMINVM_UUID, "", "dom0"), said, [], True)
+        watching = asyncio.ensure_future(running.handlers.watch_block())
+        try:
+            await until(lambda: key in running.listener.held, 5, "dom0's disk")
+        finally:
+            watching.cancel()
+
+    run(sim, tmp_path, body)
 
 
 # ---- the rest
