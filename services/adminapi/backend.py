@@ -29,6 +29,7 @@ from bulkhead.model.records import (
     OperationState,
     WireEvent,
 )
+from bulkhead.model.refusal import Refusal
 from bulkhead.model.view import View
 from services.adminapi.audit_exporter import note_done
 from services.adminapi.core.exceptions import WireRefusal
@@ -281,15 +282,15 @@ class Backend:
         return await self.succeeded(operation_id, done)
 
     async def _applied(self, operation_id: str) -> None:
-        """Wait until the change has reached the qube; WireRefusal QUBE_BUSY where that has
-        to wait for long: it is durable, and goes on by itself."""
+        """Wait until the change has reached the qube; Refusal QUBE_BUSY where that has to
+        wait for long: it is durable, and goes on by itself."""
         try:
             await asyncio.wait_for(self.succeeded(operation_id), APPLY_S)
         except TimeoutError:
-            raise WireRefusal(
+            raise Refusal(
                 "QUBE_BUSY",
-                f"the value is stored, but has not reached the running qube within {APPLY_S:.0f} s:"
-                f" another operation holds it; it will, by operation {operation_id}",
+                f"the value is stored, but has not reached the running qube within {APPLY_S:.0f} s;"
+                f" operation {operation_id} brings it there",
                 operation=operation_id,
             ) from None
 

@@ -30,6 +30,7 @@ from bulkhead.model.records import (
     WireEvent,
 )
 from bulkhead.model.view import View
+from services.adminapi import backend as backend_module
 from services.adminapi.actions import Actions
 from services.adminapi.adapters import gateway as gateway_module
 from services.adminapi.adapters.gateway import Gateway, bind_socket, inherited_sockets
@@ -338,6 +339,47 @@ def test_an_operation_is_answered_at_its_end(run: Runner) -> None:
         begin_start(world, operation(OperationState.FAILED, error=problem))
         reply = await world.ask("admin.vm.Start", "work")
         assert reply == b"2\0QubesMemoryError\0\x00100%% of memory is used\0"
+
+    run(test)
+
+
+@pytest.mark.parametrize("heals", [True, False])
+def test_who_waits_for_a_stuck_operation_is_told(
+    run: Runner, monkeypatch: pytest.MonkeyPatch, heals: bool
+) -> None:
+    monkeypatch.setattr(backend_module, "STUCK_S", 10.0 if heals else 0.05)
+
+    async def test(world: World) -> None:
+        problem = Problem("INTERNAL", "STORAGE_FAILED", "the disk is gone")
+        begin_start(world, operation(OperationState.STUCK, error=problem))
+        if heals:
+            ended = OperationPut(operation(OperationState.SUCCEEDED))
+            asyncio.get_running_loop().call_later(0.2, lambda: world.replica.tell(changes=(ended,)))
+        reply = await world.ask("admin.vm.Start", "work")
+        if heals:
+            assert reply == b"0\0"
+        else:
+            assert reply.startswith(b"2\0QubesException\0\0START is stuck: the disk is gone")
+
+    run(test)
+
+
+def test_a_change_that_does_not_reach_its_qube_in_time_says_so(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend_module, "APPLY_S", 0.05)
+
+    async def test(world: World) -> None:
+        async def mutate(request: Any, replica: FakeReplica) -> tuple[Any, Any]:
+            replica.tell(changes=(OperationPut(operation(OperationState.QUEUED)),))
+            return header(replica.revision, replica.seq), registry_pb2.MutateReply(
+                apply_operation="op-1"
+            )
+
+        world.replies["bulkhead.api.Registry.Mutate"] = mutate
+        reply = await world.ask("admin.vm.tag.Set+t", "work")
+        assert reply.startswith(b"2\0QubesVMError\0\0the value is stored, but")
+        assert b"op-1" in reply
 
     run(test)
 

@@ -318,6 +318,15 @@ _OFTEN = (
     "pause", "Resume", "Kill", "Start", "Disposable", "volume.Clone", "Revert", "ImportEnd",
     "block.", "op.", "kernel.", "pool.Add", "pool.Remove", "Snapshots",
 )  # fmt: skip
+# What dom0 offers.
+_DEVICES = (
+    {"devclass": "block", "port": "sda", "device_id": "1:2", "interfaces": "b******",
+     "data": {"device_node": "/dev/sda"}},
+    {"devclass": "block", "port": "sdb", "device_id": "1:3", "interfaces": "b******",
+     "data": {"device_node": "/dev/sdb"}},
+    {"devclass": "pci", "port": "00_1f.2", "device_id": "8086:1234::p028000",
+     "interfaces": "p028000"},
+)  # fmt: skip
 _HEAVY = ("admin.vm.Remove", "ImportBegin", "volume.Import")
 # Part of a method's name -> words that fit it; the first that is found counts.
 _FITTING_ARGS = (
@@ -474,7 +483,7 @@ def prepare(instance: Instance) -> None:
     api.set("", "default_shutdown_timeout", str(GUEST_TIMEOUT_S))
     api.set("", "default_qrexec_timeout", str(GUEST_TIMEOUT_S))
     with SimControl.of(instance.root) as sim:
-        sim.devices(HOST, *({"devclass": "block", "port": port} for port in ("sda", "sdb")))
+        sim.devices(HOST, *_DEVICES)
         sim.nature("*", agent="connect")
         sim.nature("vault", agent="connect", shutdown="ignore")
         sim.nature("spare1", agent="never")
