@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from bulkhead.model.devices import is_known, matching
+from bulkhead.model.devices import ANY, is_known, matching
 from bulkhead.model.evaluate import evaluate, is_running, kernel_command_line
 from bulkhead.model.features import feature, netvm_of, truthy
 from bulkhead.model.memory import bytes_needed, hotplug_usable
@@ -283,6 +283,25 @@ def pci_assignments(qube: Qube) -> tuple[Assignment, ...]:
 def required(qube: Qube, devclass: str) -> tuple[Assignment, ...]:
     """Required assignments of one class: they are part of the start configuration."""
     return tuple(a for a in qube.devices if a.devclass == devclass and a.mode == "required")
+
+
+def stub_addresses(view: View, qube: Qube) -> tuple[tuple[str, bool], ...]:
+    """Addresses of assigned PCI functions that are kept for guests, each with whether the
+    start needs it.
+
+    Whatever the mode, dom0 lets go of what is assigned; what "any port" may mean is only
+    taken where it is required, and then just the one that is used.
+    """
+    found: dict[str, bool] = {}
+    for assignment in pci_assignments(qube):
+        needed = assignment.mode == "required"
+        if not needed and assignment.port == ANY:
+            continue
+        for fact, _backend in matching(view, assignment)[:1]:
+            address = fact.data.get("sbdf", "")
+            if address:
+                found[address] = found.get(address, False) or needed
+    return tuple(found.items())
 
 
 def missing_devices(view: View, qube: Qube) -> tuple[Assignment, ...]:

@@ -8,6 +8,7 @@ forward() and undo() may be repeated.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -27,6 +28,8 @@ from bulkhead.model.specs import StartSpec
 from services.lifecycle.core import boot, guest_keys
 from services.lifecycle.executor import Outcome, Step, StepContext, StepFailed
 from services.lifecycle.participants import block_device, domain_message, volume_messages
+
+log = logging.getLogger("bulkhead.lifecycle")
 
 NETVM_TIMEOUT_S = 3600.0
 CALL_TIMEOUT_S = 30.0
@@ -84,7 +87,7 @@ class Verify:
 
 
 class Devices:
-    """Required devices are present."""
+    """Required devices are present, PCI functions away from the host's drivers."""
 
     async def forward(self, context: StepContext) -> Outcome:
         qube = subject(context)
@@ -98,10 +101,29 @@ class Devices:
                     {"qube": qube.name, "device": device},
                 )
             )
+        await _keep_for_guests(context, qube)
         return Outcome()
 
     async def undo(self, context: StepContext) -> None:
-        """Nothing was changed."""
+        """PCI functions stay with the stub driver, as long as they are assigned."""
+
+
+async def _keep_for_guests(context: StepContext, qube: Qube) -> None:
+    """The host's drivers let go of the assigned PCI functions."""
+    hostd, host = context.participants.hostd, context.view.host
+    if hostd is None or host is None or host.hypervisor == "sim":
+        return
+    for address, needed in boot.stub_addresses(context.view, qube):
+        try:
+            await hostd.bind_pci(
+                hostd_pb2.BindPciRequest(address=address, stub=True),
+                timeout=CALL_TIMEOUT_S,
+                context=context.call(f"bind/{address}"),
+            )
+        except BusError as error:
+            if needed:
+                raise
+            log.warning("%s of %s was not kept for guests: %s", address, qube.name, error.message)
 
 
 class Netvm:
