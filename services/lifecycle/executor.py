@@ -23,13 +23,13 @@ from bulkhead.bus.client import CallContext
 from bulkhead.bus.errors import BusError
 from bulkhead.bus.events import Entry, ReplicaRunner
 from bulkhead.failpoints import hit
-from bulkhead.model.plan.operation_table import OPERATIONS, StepRow
+from bulkhead.model.plan.operation_table import OPERATIONS, StepRow, unreported
 from bulkhead.model.records import Operation, OperationPut, OperationState, Problem, WireEvent
 from bulkhead.model.refusal import Refusal
 from bulkhead.model.specs import KillSpec, OperationSpec
 from bulkhead.model.view import View
 from services.lifecycle import failpoint_table  # noqa: F401 - declares what hit() names
-from services.lifecycle.core import facts, saga
+from services.lifecycle.core import saga
 from services.lifecycle.core.saga import Failure, Move
 from services.lifecycle.participants import Participants
 
@@ -436,7 +436,7 @@ class Executor:
     async def _reported(self, operation: Operation) -> None:
         """Wait for the facts that the operation reads; BusError UNAVAILABLE without them."""
         deadline = time.monotonic() + FACTS_PATIENCE_S
-        while service := facts.missing(self.replica.view, operation.kind):
+        while service := unreported(self.replica.view, operation.kind):
             left = deadline - time.monotonic()
             if left <= 0:
                 raise BusError(

@@ -18,7 +18,14 @@ from bulkhead.bus.errors import REASONS as BUS_REASONS
 from bulkhead.bus.errors import BusError
 from bulkhead.bus.methods import Effect, full_service_name, methods_of
 from bulkhead.model.plan.operation_table import OPERATIONS
-from bulkhead.model.records import HostFact, Operation, OperationState, fact_key
+from bulkhead.model.records import (
+    Fact,
+    HostFact,
+    Operation,
+    OperationState,
+    PoolFact,
+    fact_key,
+)
 from bulkhead.model.refusal import REASONS as MODEL_REASONS
 from bulkhead.model.specs import ImportSpec, StartSpec
 from clients.bus import RegistryClient
@@ -255,12 +262,36 @@ def test_who_may_not_announce_may_not_end_with_it_either() -> None:
     run(work)
 
 
+async def reported(instance: Instance) -> None:
+    """What a start waits for: the host and a pool are told of."""
+    facts: dict[str, Fact] = {"domains": HOST, "storage": PoolFact("varlibqubes")}
+    for service, fact in facts.items():
+        put = [codec.fact_to_proto(fact, fact_key(fact))]
+        await client(instance, service).facts(registry_pb2.FactsRequest(put=put))
+
+
+def test_nothing_that_reads_facts_begins_before_they_are_told() -> None:
+    async def work(instance: Instance) -> None:
+        lifecycle = client(instance, "lifecycle")
+        start = registry_pb2.BeginRequest(
+            spec=records_pb2.OperationSpec(start=records_pb2.StartSpec(qube="work"))
+        )
+        with pytest.raises(BusError) as refused:
+            await lifecycle.begin(start, timeout=0.2)
+        assert (refused.value.code, refused.value.reason) == ("UNAVAILABLE", "FACTS_MISSING")
+        await reported(instance)
+        assert (await lifecycle.begin(start)).operation.kind == "START"
+
+    run(work)
+
+
 def test_a_quarantined_qube_is_listed_and_repaired_by_a_set() -> None:
     async def work(instance: Instance) -> None:
         admin, operator = client(instance, "adminapi"), client(instance, "operator")
         status = await operator.store_status(registry_pb2.StoreStatusRequest())
         assert len(status.quarantined) == 1
         assert status.quarantined[0].startswith("work: property maxmem")
+        await reported(instance)
         with pytest.raises(BusError) as refused:
             await client(instance, "lifecycle").begin(
                 registry_pb2.BeginRequest(

@@ -24,7 +24,7 @@ from bulkhead.bus.client import CallContext
 from bulkhead.bus.errors import BusError
 from bulkhead.bus.events import Entry, ReplicaRunner
 from bulkhead.bus.frames import TOPIC_HIDDEN, TOPIC_VISIBLE
-from bulkhead.model.records import HostFact, Phase, PowerFact, QubePut, fact_key
+from bulkhead.model.records import Fact, HostFact, Phase, PoolFact, PowerFact, QubePut, fact_key
 from clients.bus import RegistryClient
 from tests.fakes.bus import Instance
 from tests.fault.test_registry_store import qubes_xml
@@ -314,6 +314,10 @@ def test_a_live_change_of_a_running_qube_begins_an_apply() -> None:
         lifecycle, admin = world.client("lifecycle"), world.client("adminapi")
         replica = await world.replica("lifecycle", with_hidden=True)
         epoch = (await lifecycle.take_epoch(registry_pb2.TakeEpochRequest())).epoch
+        facts: dict[str, Fact] = {"domains": HostFact("sim"), "storage": PoolFact("varlibqubes")}
+        for service, fact in facts.items():
+            put = [codec.fact_to_proto(fact, fact_key(fact))]
+            await world.client(service).facts(registry_pb2.FactsRequest(put=put))
         begun = (await lifecycle.begin(started("work"))).operation
         work = begun.subjects[0]
         await lifecycle.advance(

@@ -57,6 +57,8 @@ class OperationRow:
     power: a power call of a running guest: begins although others hold the qube that only
     wait for the guest. patient: waits for its turn without a limit of time, since somebody
     relies on its being done.
+    reads: services whose facts its plans and steps read: it waits for their reports, which
+    are lost when the registry starts anew. Not KILL: it must get through.
     begin, end: events of the plans, in order, "|" between alternatives.
     """
 
@@ -67,6 +69,7 @@ class OperationRow:
     pre_empts: bool = False
     power: bool = False
     patient: bool = False
+    reads: tuple[str, ...] = ()
     begin: str = ""
     end: str = ""
 
@@ -147,6 +150,7 @@ _ROWS: tuple[OperationRow, ...] = (
     OperationRow(
         "START",
         locks="the qube",
+        reads=("domains", "storage"),
         steps=(
             StepRow("devices"),
             StepRow("verify", events=_verify_files),
@@ -172,6 +176,7 @@ _ROWS: tuple[OperationRow, ...] = (
     OperationRow(
         "STOPPED",
         locks="the qube",
+        reads=("domains",),
         steps=(
             StepRow("withdraw_rules", cancellable=False),
             StepRow("unplug", cancellable=False),
@@ -204,6 +209,7 @@ _ROWS: tuple[OperationRow, ...] = (
     OperationRow(
         "PAUSE",
         locks="the qube",
+        reads=("domains",),
         steps=(StepRow("pause"),),
         power=True,
         begin="domain-pre-paused",
@@ -212,6 +218,7 @@ _ROWS: tuple[OperationRow, ...] = (
     OperationRow(
         "UNPAUSE",
         locks="the qube",
+        reads=("domains",),
         steps=(StepRow("unpause"),),
         power=True,
         begin="domain-pre-unpaused",
@@ -220,6 +227,7 @@ _ROWS: tuple[OperationRow, ...] = (
     OperationRow(
         "SUSPEND",
         locks="the qube",
+        reads=("domains",),
         steps=(StepRow("suspend"),),
         power=True,
         end="paused instead: domain-pre-paused, domain-paused",
@@ -227,6 +235,7 @@ _ROWS: tuple[OperationRow, ...] = (
     OperationRow(
         "RESUME",
         locks="the qube",
+        reads=("domains",),
         steps=(StepRow("wake"),),
         power=True,
         begin="paused: domain-pre-unpaused",
@@ -257,10 +266,13 @@ _ROWS: tuple[OperationRow, ...] = (
         ),
         end="domain-volume-import-end",
     ),
-    OperationRow("APPLY", locks="the qube", steps=(StepRow("apply"),), patient=True),
+    OperationRow(
+        "APPLY", locks="the qube", reads=("domains",), steps=(StepRow("apply"),), patient=True
+    ),
     OperationRow(
         "ATTACH",
         locks="the qube",
+        reads=("domains",),
         steps=(StepRow("attach", undo=True),),
         begin="device-pre-attach:C",
         end="device-attach:C",
@@ -268,6 +280,7 @@ _ROWS: tuple[OperationRow, ...] = (
     OperationRow(
         "DETACH",
         locks="the qube",
+        reads=("domains",),
         steps=(StepRow("detach"),),
         begin="device-pre-detach:C",
         end="device-detach:C",
@@ -290,3 +303,14 @@ _ROWS: tuple[OperationRow, ...] = (
 )
 
 OPERATIONS: Mapping[str, OperationRow] = MappingProxyType({row.kind: row for row in _ROWS})
+
+
+def unreported(view: View, kind: str) -> str:
+    """The service that an operation of that kind has to wait for, "" = none.
+
+    That a fact is missing says nothing before its owner has reported since the registry
+    started: a start would find no kernel or make a guest of a network qube, a stop would
+    leave a tap, a device would not be attached.
+    """
+    told = {"domains": view.host is not None, "storage": view.storage_reported}
+    return next((service for service in OPERATIONS[kind].reads if not told[service]), "")

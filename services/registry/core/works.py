@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from bulkhead.model.plan.base import Plan, PlanRefused
 from bulkhead.model.plan.mutation import plan_mutation, plan_preload
+from bulkhead.model.plan.operation_table import unreported
 from bulkhead.model.plan.operations import plan_advance, plan_begin, plan_cancel, plan_end
 from bulkhead.model.records import (
     Change,
@@ -25,7 +26,7 @@ from bulkhead.model.records import (
     WireEvent,
 )
 from bulkhead.model.refusal import Refusal
-from bulkhead.model.specs import ApplySpec, Command, OperationSpec, PreloadMarks
+from bulkhead.model.specs import ApplySpec, Command, OperationSpec, PreloadMarks, kind_of
 from bulkhead.model.view import View
 from services.registry.core import adopt, operations
 from services.registry.core.announce import DIGEST_OWNER, check_events, plan_announce
@@ -182,6 +183,10 @@ class Begin:
         if known is not None:
             # The same Begin under another request id, after a restart of the caller.
             return Planned(durable=False, answer=BeginAnswer(known, True))
+        if service := unreported(view, kind_of(self.spec)):
+            raise Refusal(
+                "FACTS_MISSING", f"{service} has not told yet what there is", service=service
+            )
         try:
             plan = plan_begin(
                 view,
