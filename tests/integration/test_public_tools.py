@@ -620,6 +620,36 @@ def test_devices(world: World, api: StrictClient, tools: Tools, events: Stream) 
     world.offer()
 
 
+def test_pci_devices(world: World, api: StrictClient, tools: Tools) -> None:
+    ident = "8086:0a0b::p020000"
+    row = {
+        "devclass": "pci",
+        "port": "00_1f.2",
+        "device_id": ident,
+        "fields": {"vendor": "A = 'b' =", "product": "100% new"},
+        "interfaces": "p020000",
+        "data": {"sbdf": "0000:00:1f.2"},
+    }
+    with SimControl.of(world.instance.root) as control:
+        control.devices(DOM0, row)
+    world.instance.until(lambda: bool(api.available("pci", "dom0")), 10, "offered")
+    fields = api.available("pci", "dom0")["00_1f.2"]
+    assert (fields["product"], fields["_sbdf"]) == ("100% new", "0000:00:1f.2")
+    tools.create("card")
+    tools.assign("pci", "card", "dom0", "00_1f.2", "required")
+    assert (api.get("card", "virt_mode"), api.get("card", "maxmem")) == ("hvm", 0)
+    tools.start("card")
+    assert list(api.held("pci", "Attached", "card")) == [f"dom0+00_1f.2:{ident}"]
+    assert tools.devices("pci") == {"dom0:00_1f.2": ["card Attached", "card Assigned"]}
+    assert api.available("pci", "dom0")["00_1f.2"]["attachment"] == "card"
+    tools.power("Kill", "card")
+    tools.unassign("pci", "card", f"dom0+00_1f.2:{ident}")
+    assert tools.devices("pci") == {"dom0:00_1f.2": []}
+    assert api.get("card", "virt_mode") == "pvh"
+    assert tools.remove("card") == []
+    world.offer()
+
+
 # ---- firewall
 
 
