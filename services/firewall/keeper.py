@@ -352,8 +352,7 @@ class RuleKeeper:
         uuid = _uuid(uuid)
         async with self._locks.hold(uuid):
             try:
-                await asyncio.to_thread(self._files.delete, uuid)
-                await asyncio.to_thread(self._state.delete, "pending", uuid)
+                await asyncio.to_thread(self._delete_files, uuid)
             except OSError as error:
                 raise failure(
                     "RULES_NOT_SAVED",
@@ -364,6 +363,11 @@ class RuleKeeper:
             self._unannounced.pop(uuid, None)
             self._qubes.pop(uuid, None)
             self._watch(uuid, ())
+
+    def _delete_files(self, uuid: str) -> None:
+        """In a thread."""
+        self._files.delete(uuid)
+        self._state.delete("pending", uuid)
 
     # ---- the kernel
 

@@ -138,10 +138,11 @@ _ROWS: tuple[OperationRow, ...] = (
     OperationRow(
         "REMOVE",
         locks="the qube",
+        # What takes longest is sent first.
         steps=(
-            StepRow("withdraw_rules", cancellable=False),
+            StepRow("remove_volumes", cancellable=False),
+            StepRow("withdraw_rules", cancellable=False, beside=True),
             StepRow("undefine", cancellable=False, beside=True),
-            StepRow("remove_volumes", cancellable=False, beside=True),
         ),
         pivots_at_begin=True,
         begin="domain-pre-delete, domain-delete",

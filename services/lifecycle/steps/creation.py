@@ -7,6 +7,7 @@ nothing else.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 
 from bulkhead.api import domains_pb2, firewall_pb2, storage_pb2
@@ -143,12 +144,16 @@ class WithdrawRules:
 
     async def forward(self, context: StepContext) -> Outcome:
         qube = subject(context)
-        await context.participants.firewall.withdraw(
+        withdraw = context.participants.firewall.withdraw(
             firewall_pb2.WithdrawRequest(uuid=qube.uuid, boot_id=""),
             timeout=CALL_TIMEOUT_S,
             context=context.call("withdraw"),
         )
-        await delete_rules(context, qube)
+        # Neither waits for the other, and both have ended when this does.
+        ends = await asyncio.gather(withdraw, delete_rules(context, qube), return_exceptions=True)
+        for end in ends:
+            if isinstance(end, BaseException):
+                raise end
         return Outcome()
 
     async def undo(self, context: StepContext) -> None:
