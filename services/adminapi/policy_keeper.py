@@ -1,8 +1,7 @@
 """The policy in force: rules from files, kept up to date.
 
 Owns when files are read anew. Must not know their syntax. Invariant: what cannot be
-read allows nothing; without any policy file a qube sees itself alone, and may call
-nothing.
+read allows nothing, as does what is not there.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import logging
 
 from bulkhead.model.policy import Decision, Evaluator, PolicyError, parse
 from bulkhead.policy_files import PolicyFiles, Stamp
-from services.adminapi.core.permission import DenyAll
 
 log = logging.getLogger("bulkhead.adminapi")
 
@@ -25,14 +23,11 @@ class PolicyKeeper:
     def __init__(self, files: PolicyFiles, evaluator: Evaluator) -> None:
         self._files = files
         self._evaluator = evaluator
-        self._nothing = DenyAll()
-        self._present = False
         self._stamp: Stamp | None = None
 
     def allows(self, service: str, argument: str, source: str, target: str) -> bool:
         """See permission.Policy."""
-        policy = self._evaluator if self._present else self._nothing
-        return policy.allows(service, argument, source, target)
+        return self._evaluator.allows(service, argument, source, target)
 
     def decide(self, service: str, argument: str, source: str, target: str) -> Decision:
         """See policy_filter.Judge."""
@@ -46,15 +41,13 @@ class PolicyKeeper:
                 return
             self._stamp = stamp
             tree, legacy = self._files.read()
-            present = any(p.endswith(".policy") and "/" not in p for d in tree for p in d.files)
             rules = parse(tree, legacy)
         except (OSError, ValueError) as error:
             # PolicyError is a ValueError.
             kind = "policy" if isinstance(error, PolicyError) else "policy file"
             log.error("%s: %s; nothing is allowed until it is mended", kind, error)
-            rules, present = (), True
+            rules = ()
         self._evaluator.replace(rules)
-        self._present = present
 
     async def follow(self) -> None:
         """Look at the files again and again."""

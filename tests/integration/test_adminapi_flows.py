@@ -486,7 +486,7 @@ def test_policy_decides_what_other_sources_see(client: AdminClient, world: World
     create(client, "seen")
     client.call("admin.vm.tag.Set", "seen", "managed")
     guest = AdminClient(client.path, source="mgmt", timeout=30)
-    assert [q.name for q in guest.qubes()] == ["mgmt"]
+    assert guest.qubes() == []
     directory = instance.root / "etc/qubes/policy.d"
     directory.mkdir(parents=True, exist_ok=True)
     rules = directory / "30-user.policy"
@@ -511,7 +511,7 @@ def test_policy_decides_what_other_sources_see(client: AdminClient, world: World
         listener.close()
     finally:
         rules.unlink()
-    instance.until(lambda: [q.name for q in guest.qubes()] == ["mgmt"], 10, "no policy again")
+    instance.until(lambda: not guest.qubes(), 10, "no policy again")
 
 
 def test_reads_stay_fast_while_qubes_start(client: AdminClient) -> None:

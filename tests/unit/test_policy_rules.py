@@ -207,8 +207,9 @@ def test_the_keeper_follows_changes_and_errors(tmp_path: Path) -> None:
     view = world()
     keeper = PolicyKeeper(PolicyFiles((tmp_path,)), Evaluator(ViewWorld(lambda: view)))
     keeper.load()
-    assert keeper.allows("admin.vm.List", "+", "v1", "v1")
-    assert not keeper.allows("admin.vm.List", "+", "v1", "v2")
+    for target in ("v1", "v2"):
+        assert not keeper.allows("admin.vm.List", "+", "v1", target)
+        assert keeper.allows("admin.vm.List", "+", "dom0", target)
     file = tmp_path / "30-user.policy"
     file.write_text("admin.vm.List * v1 v2 allow target=dom0\n")
     keeper.load()
@@ -219,7 +220,13 @@ def test_the_keeper_follows_changes_and_errors(tmp_path: Path) -> None:
     assert not keeper.allows("admin.vm.List", "+", "v1", "v2")
     file.unlink()
     keeper.load()
-    assert keeper.allows("admin.vm.List", "+", "v1", "v1")
+    assert not keeper.allows("admin.vm.List", "+", "v1", "v2")
+    file.write_text("admin.vm.List * v1 v2 allow target=dom0\n")
+    keeper.load()
+    assert keeper.allows("admin.vm.List", "+", "v1", "v2")
+    file.unlink()
+    keeper.load()
+    assert not keeper.allows("admin.vm.List", "+", "v1", "v2")
 
 
 def test_a_qube_that_has_gone_is_judged_by_its_last_record() -> None:
