@@ -94,6 +94,16 @@ def test_bound_at_start_where_there_is_a_host_to_do_it(w: World) -> None:
         forward(w, Host(CARD))
 
 
+def test_what_another_qube_has_is_not_available(w: World) -> None:
+    """Two qubes that require one device: whichever starts first has it."""
+    card = next(f for f in w.view.devices_of(w.view.adminvm.uuid) if f.port == "00_1f.2")
+    w.patch("work", devices=(pci("00_1f.2", "required"),))
+    for holder, missing in (("vault", 1), ("work", 0), ("", 0)):
+        uuid = w.qube(holder).uuid if holder else ""
+        w.view.apply(FactPut(replace(card, attached_to=uuid)))
+        assert len(boot.missing_devices(w.view, w.qube("work"))) == missing
+
+
 def test_nothing_is_bound_for_a_start_that_is_refused(w: World) -> None:
     w.view.apply(FactPut(HostFact("xen", memory_kib=1 << 24, cpus=4)))
     absent = replace(pci("00_1f.2", "required"), port="01_00.0")

@@ -15,7 +15,7 @@ from bulkhead.model.evaluate import evaluate, is_running, kernel_command_line
 from bulkhead.model.features import feature, netvm_of, truthy
 from bulkhead.model.memory import bytes_needed, hotplug_usable
 from bulkhead.model.plan.devices import checked_options
-from bulkhead.model.records import Assignment, KernelFact, Pool, Qube, Run, Volume
+from bulkhead.model.records import Assignment, DeviceFact, KernelFact, Pool, Qube, Run, Volume
 from bulkhead.model.refusal import Refusal
 from bulkhead.model.view import View
 
@@ -297,7 +297,7 @@ def stub_addresses(view: View, qube: Qube) -> tuple[tuple[str, bool], ...]:
         needed = assignment.mode == "required"
         if not needed and assignment.port == ANY:
             continue
-        for fact, _backend in matching(view, assignment)[:1]:
+        for fact, _backend in available(view, qube, assignment)[:1]:
             address = fact.data.get("sbdf", "")
             if address:
                 found[address] = found.get(address, False) or needed
@@ -309,9 +309,17 @@ def missing_devices(view: View, qube: Qube) -> tuple[Assignment, ...]:
     return tuple(
         assignment
         for assignment in qube.devices
-        if assignment.mode == "required"
-        and not any(is_known(fact) for fact, _backend in matching(view, assignment))
+        if assignment.mode == "required" and not available(view, qube, assignment)
     )
+
+
+def available(view: View, qube: Qube, assignment: Assignment) -> list[tuple[DeviceFact, Qube]]:
+    """Devices that the qube can start with: known for what they are, and in nobody's hands."""
+    return [
+        (fact, backend)
+        for fact, backend in matching(view, assignment)
+        if is_known(fact) and fact.attached_to in ("", qube.uuid)
+    ]
 
 
 def domain(
@@ -442,12 +450,12 @@ def _block_disks(view: View, qube: Qube, kernel_name: str) -> tuple[Disk, ...]:
             is_cdrom = options.get("devtype") == "cdrom"
             target = "xvdd" if is_cdrom and not kernel_name else next(free)
         paths = {(disk.backend, disk.path) for disk in disks}
-        for fact, backend in matching(view, assignment):
+        for fact, backend in available(view, qube, assignment):
             device = replace(assignment, backend=backend.name, port=fact.port, options=options)
             if fact.data.get("mode") == "r":
                 device = replace(device, options={**options, "read-only": "yes"})
             disk = block_disk(view, device, target)
-            if is_known(fact) and (disk.backend, disk.path) not in paths:
+            if (disk.backend, disk.path) not in paths:
                 disks.append(disk)
                 break
         else:
@@ -510,8 +518,8 @@ def _hostdevs(view: View, qube: Qube) -> tuple[Hostdev, ...]:
     filtering_off = truthy(view, view.adminvm, "suspend-s0ix")
     found = []
     for assignment in required(qube, "pci"):
-        present = [fact.data.get("sbdf", "") for fact, _backend in matching(view, assignment)]
-        address = present[0] if present else ""
+        addresses = (f.data.get("sbdf", "") for f, _backend in available(view, qube, assignment))
+        address = next(addresses, "")
         try:
             segment, bus, rest = address.split(":")
             slot, function = rest.split(".")
