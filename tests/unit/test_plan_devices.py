@@ -120,6 +120,16 @@ def test_bad_options(w: World, options: dict[str, str]) -> None:
     assert told == ["work:device-pre-attach:block"]
 
 
+def test_a_name_that_a_disk_has_is_not_given_twice(w: World) -> None:
+    w.start("work")
+    offer(w, "sdb", attached_to=w.qube("work").uuid, attach_options={"frontend-dev": "xvdq"})
+    offer(w)
+    for target in ("xvda", "xvdd", "xvdq"):
+        bad = replace(STICK, options={"frontend-dev": target})
+        assert no_change(w, AttachSpec("work", bad), "INVALID_VALUE")
+    w.begin(AttachSpec("work", replace(STICK, options={"frontend-dev": "xvde"})))
+
+
 def test_refused(w: World) -> None:
     w.start("work")
     no_change(w, AttachSpec("far", STICK), "QUBE_ERROR")

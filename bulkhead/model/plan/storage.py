@@ -521,20 +521,28 @@ def _block_options(
             device=identity(device),
         )
     devtype = options.get("devtype", "disk")
-    target = options.get("frontend-dev") or _free_target(view, qube, devtype)
+    kernel = bool(evaluate(view, qube, "kernel"))
+    taken = {"xvda", "xvdb", "xvdc"} | ({"xvdd"} if kernel else set())
+    for other in view.devices_attached_to(qube.uuid):
+        taken.add(other.attach_options.get("frontend-dev", ""))
+    target = options.get("frontend-dev", "")
+    if target in taken:
+        raise Refusal(
+            "INVALID_VALUE",
+            f"'{qube.name}' has a disk {target} already; leave frontend-dev out",
+            qube=qube.name,
+            target=target,
+        )
+    target = target or _free_target(qube, taken, prefer_cdrom=devtype == "cdrom" and not kernel)
     return {"frontend-dev": target, "read-only": read_only, "devtype": devtype}
 
 
-def _free_target(view: View, qube: Qube, devtype: str) -> str:
-    """The first name that no disk of the running qube has; xvda to xvdh are its volumes'."""
-    taken = {
-        fact.attach_options.get("frontend-dev", "") for fact in view.devices_attached_to(qube.uuid)
-    }
+def _free_target(qube: Qube, taken: set[str], *, prefer_cdrom: bool) -> str:
+    """The first name that no disk has; xvda to xvdh are left to volumes."""
     letters = "abcdefghijklmnopqrstuvwxyz"
-    names = [f"xvd{letter}" for letter in letters[letters.index("i") :]]
+    names = ["xvdd"] if prefer_cdrom else []
+    names += [f"xvd{letter}" for letter in letters[letters.index("i") :]]
     names += [f"xvd{first}{second}" for first in letters for second in letters]
-    if devtype == "cdrom" and not evaluate(view, qube, "kernel"):
-        names.insert(0, "xvdd")
     for name in names:
         if name not in taken:
             return name
