@@ -103,6 +103,11 @@ def expired(view: View, now: float) -> list[str]:
     """Ids of finished operations that need not be kept: all but the newest 1,000, and
     those older than 7 days. now: epoch seconds."""
     if len(view.operations) <= KEEP_FINISHED + _SLACK:
+        oldest = next(iter(view.operations.values()), None)
+        # In the order of their begin, after a start in that of their last change: none can
+        # have ended before the first one was begun.
+        if oldest is None or now - oldest.created <= KEEP_SECONDS:
+            return []
         return [
             o.id
             for o in view.operations.values()
