@@ -247,6 +247,8 @@ def test_check_updates_is_switched_off(w: World) -> None:
     w.set("", "check_updates_vm", "False")
     w.create("quiet")
     assert w.qube("quiet").features == {"check-updates": ""}
+    w.create("away", klass="RemoteVM")
+    assert w.qube("away").features == {"check-updates": ""}
 
 
 # ---- disposables

@@ -246,7 +246,7 @@ def _new_record(
         properties = {**copied, **properties}
         features = copied_features(template, keep_max=False)
         tags = template.tags
-    if evaluate(view, None, "check_updates_vm") is False and spec.klass in QUBES_VM:
+    if evaluate(view, None, "check_updates_vm") is False:
         features["check-updates"] = ""
     record = Qube(
         uuid=fresh.new_uuid,
