@@ -50,7 +50,7 @@ class Installation:
         """Everything."""
         self._environment()
         self._commands()
-        self._unit()
+        self._units()
         self._qrexec()
         self._text("usr/lib/sysusers.d/bulkhead.conf", sysusers())
         self._text("usr/lib/tmpfiles.d/bulkhead.conf", TMPFILES)
@@ -98,12 +98,12 @@ class Installation:
             )
             self._link(Path("usr/bin") / name, str(self.environment / "bin" / name))
 
-    def _unit(self) -> None:
-        text = (SOURCE / "deploy/systemd/bulkhead.service").read_text()
-        self._text(
-            "usr/lib/systemd/system/bulkhead.service",
-            text.replace("/opt/bulkhead/.venv", str(self.environment)),
-        )
+    def _units(self) -> None:
+        for unit in sorted((SOURCE / "deploy/systemd").glob("*.service")):
+            self._text(
+                f"usr/lib/systemd/system/{unit.name}",
+                unit.read_text().replace("/opt/bulkhead/.venv", str(self.environment)),
+            )
 
     def _qrexec(self) -> None:
         for name in services.links():

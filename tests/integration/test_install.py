@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from clients.cli.rpc import query
 from deploy import completion
 from deploy import services as rpc
 from deploy.install import SOURCE, Installation, runtime_distributions, scripts, sysusers
@@ -49,6 +50,14 @@ def test_commands_and_snippets(tree: Path) -> None:
         assert os.access(command, os.X_OK)
     unit = (tree / "usr/lib/systemd/system/bulkhead.service").read_text()
     assert f"ExecStart={PREFIX}/.venv/bin/bulkhead run" in unit
+    sleep = (tree / "usr/lib/systemd/system/bulkhead-suspend.service").read_text()
+    for when, call in (("Start", "Pre"), ("Stop", "Post")):
+        (line,) = [x for x in sleep.splitlines() if x.startswith(f"Exec{when}=")]
+        command, *words = line.removeprefix(f"Exec{when}=-").split()
+        assert Path(command).name in scripts() and command.startswith(str(PREFIX))
+        asked = query.parser().parse_args(words)
+        assert asked.connect == "/run/qubesd.internal.sock"
+        assert asked.method == f"internal.Suspend{call}" and asked.method in CALLS["internal"]
     users = (tree / "usr/lib/sysusers.d/bulkhead.conf").read_text()
     assert users == sysusers()
     assert 'u bulkhead-storage - "' in users
