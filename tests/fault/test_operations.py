@@ -97,6 +97,9 @@ def prepare(instance: Instance, pool: Path) -> None:
     instance.ok("admin.vm.property.Set", NETVM, "provides_network", b"True")
     instance.ok("admin.vm.property.Set", NETVM, "netvm", b"")
     instance.ok("admin.vm.Start", NETVM)
+    # What dispvm does once for a host's boot is no part of any operation.
+    marker = instance.settings.service_dir("dispvm") / "host-boot"
+    instance.until(marker.exists, 60.0, "dispvm has noted this boot of the host")
 
 
 def passes(ground: Ground, scenario: Scenario) -> Counter[str]:
@@ -152,18 +155,27 @@ def test_a_kill_at_every_failpoint(ground: Ground, scenario: Scenario) -> None:
     seen = worth_a_kill(ground, scenario)
     assert seen, f"{scenario.name} passes no failpoint"
     failures: list[str] = []
-    cases = 0
+    cases = missed = 0
     began = time.monotonic()
     for name, hits in sorted(seen.items()):
         for kills in stages(name, hits):
             cases += 1
-            found = run_case(ground.instance, ground.pool, ground.follower, scenario, *kills)
-            failures.extend(f"{' then '.join(kills)}: {problem}" for problem in found)
+            case = run_case(ground.instance, ground.pool, ground.follower, scenario, *kills)
+            if not case.fired:
+                # Commits and reports are made together, now more of them, now fewer: a pass
+                # that does not come each time is one less, but the first always comes.
+                missed += 1
+                failures.extend(f"{kills[0]} missed: {problem}" for problem in case.problems)
+                kills = (f"{name}=kill", *kills[1:])
+                case = run_case(ground.instance, ground.pool, ground.follower, scenario, *kills)
+                if not case.fired:
+                    failures.append(f"{name} was not passed")
+            failures.extend(f"{' then '.join(kills)}: {problem}" for problem in case.problems)
             assert len(failures) < 20, "\n".join(failures)
     failures.extend(wait_stored(ground.instance))
     print(
-        f"{scenario.name}: {cases} kills at {len(seen)} failpoints, {len(failures)} violations, "
-        f"{time.monotonic() - began:.0f} s"
+        f"{scenario.name}: {cases} cases at {len(seen)} failpoints, {missed} at the first pass "
+        f"instead, {len(failures)} violations, {time.monotonic() - began:.0f} s"
     )
     assert not failures, "\n".join(failures)
 

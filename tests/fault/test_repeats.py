@@ -1,4 +1,5 @@
-"""The same request, sent again after a kill, is answered alike and has no second effect."""
+"""The same request, sent again after a kill, is answered alike and has no second effect;
+and a registry that has just started refuses nothing because it knows no facts yet."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from clients.cli.instance.accounts import ensure_accounts
 from clients.cli.instance.supervisor import RESTART_DELAY_LIMIT
 from tests.fakes.loopfs import mounted
 from tests.fault.harness import wait_quiet
+from tests.fault.scenarios import SCENARIOS
 from tests.fault.test_operations import prepare
 from tests.instance import Instance
 
@@ -147,3 +149,25 @@ def test_a_change_is_made_once(ground: Ground, point: str) -> None:
     instance.wait_restarted("registry", old)
     assert ground.send(MUTATE, body, request_id) == first
     assert instance.dump() == before
+
+
+def test_nothing_is_refused_because_the_registry_has_just_started(ground: Ground) -> None:
+    instance, scenario = ground.instance, {s.name: s for s in SCENARIOS}["attach"]
+    scenario.prepare(instance)
+    for method, arg, payload in (
+        ("admin.vm.device.block.Attach", "dom0+sdy", b""),
+        ("admin.vm.device.block.Detach", "dom0+sdy", b""),
+        ("admin.vm.Suspend", "", b""),
+        ("admin.vm.Resume", "", b""),
+        ("admin.vm.Pause", "", b""),
+        ("admin.vm.Unpause", "", b""),
+        ("admin.vm.Shutdown", "wait", b""),
+        ("admin.vm.property.Set", "kernel", b"test"),
+        ("admin.vm.Start", "", b""),
+    ):
+        old = instance.kill("registry")
+        reply = instance.call(method, "worker", arg, payload)
+        assert reply.kind == "ok", f"{method}: {reply.exception} {reply.message}"
+        instance.wait_restarted("registry", old)
+    assert wait_quiet(instance, ground.pool) == []
+    scenario.clean(instance)
