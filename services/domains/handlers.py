@@ -27,6 +27,7 @@ from bulkhead.model.records import (
     DeviceFact,
     HostFact,
     PowerFact,
+    fact_key,
 )
 
 from . import failpoint_table as _failpoint_table  # noqa: F401  (declares the failpoints)
@@ -61,6 +62,8 @@ RETRY_S = 1.0
 # How long after a domain was seen to be gone the event that says why may still come.
 REASON_S = 1.0
 BLOCK_S = 5.0
+# How long a device may be gone from its backend's list and still be the same.
+FLAP_S = 1.0
 # Part of a deadline that is kept for the answer itself.
 MARGIN_S = 0.2
 
@@ -394,6 +397,9 @@ class DomainsHandlers:
         known = self._tracker.current(uuid)
         if not target or known is None:
             return
+        await asyncio.sleep(FLAP_S)
+        if fact_key(fact) in self._devices.facts():
+            return  # its backend only described it anew
         disk = specs.DiskSpec(target, "/dev/" + fact.port.replace("_", "/"))
         try:
             async with self._queue.turn(uuid):

@@ -743,6 +743,9 @@ def test_a_withdrawn_disk_is_taken_from_who_had_it(sim: SimBench, tmp_path: Path
         pb.GuestKey(path="/qubes-block-devices/sda/mode", value="w"),
     ]
 
+    def targets() -> set[str]:
+        return {str(row["target"]) for row in sim.control.guest(work.uuid)["disks"]}
+
     async def body(running: Service) -> None:
         handlers, held = running.handlers, running.listener.held
         for spec in (usb, work):
@@ -757,13 +760,21 @@ def test_a_withdrawn_disk_is_taken_from_who_had_it(sim: SimBench, tmp_path: Path
             pb.WriteGuestKeysRequest(boot=boot(usb), removed=["/qubes-block-devices/"]), call()
         )
         await until(lambda: key not in held, 5, "the withdrawal")
-
+        await until(lambda: "xvdi" not in targets(), 10, "the unplugging")
         await handlers.write_guest_keys(pb.WriteGuestKeysRequest(boot=boot(usb), keys=said), call())
         await until(
             lambda: getattr(held.get(key), "attached_to", "?") == "", 5, "it is back and free"
         )
-        disks = (await asyncio.to_thread(sim.control.guest, work.uuid))["disks"]
-        assert "xvdi" not in {disk["target"] for disk in disks}
+        # Described anew at once: the same device, which stays where it is.
+        await handlers.attach_disk(pb.AttachDiskRequest(boot=boot(work), disk=disk), call())
+        await until(lambda: getattr(held.get(key), "attached_to", "") == work.uuid, 5, "again")
+        for request in (
+            pb.WriteGuestKeysRequest(boot=boot(usb), removed=["/qubes-block-devices/"]),
+            pb.WriteGuestKeysRequest(boot=boot(usb), keys=said),
+        ):
+            await handlers.write_guest_keys(request, call())
+        await asyncio.gather(*handlers._tasks)
+        assert "xvdi" in targets()
 
     run(sim, tmp_path, body)
 
