@@ -688,8 +688,12 @@ class StrictClient:
         try:
             return properties_of(self.call(f"{prefix}.GetAll", dest))
         except AccessError:
-            found = {}
-            for name in self.property_list(qube):
+            found: dict[str, Property] = {}
+            try:
+                names = self.property_list(qube)
+            except AccessError:
+                return found
+            for name in names:
                 try:
                     found[name] = self.get_property(qube, name)
                 except PropertyAccessError:

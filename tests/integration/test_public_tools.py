@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -941,6 +942,7 @@ class Manager(threading.Thread):
         self.cache = Cache(StrictClient(socket))
         self.failure: BaseException | None = None
         self.breaks = 0
+        self.subjects: set[str] = set()
         self._seen: set[str] = set()
         self._news = threading.Condition()
         self._stopped = False
@@ -968,6 +970,7 @@ class Manager(threading.Thread):
                 self.cache.take(event)
                 with self._news:
                     self._seen.add(event.name)
+                    self.subjects.add(event.subject)
                     self._news.notify_all()
 
     def wait(self, name: str, timeout: float = 30.0) -> None:
@@ -978,10 +981,10 @@ class Manager(threading.Thread):
             raise self.failure
         assert found, f"{name} has not come"
 
-    def stop(self, api: StrictClient) -> None:
-        """No event is waited for behind the next one."""
+    def stop(self, api: StrictClient, qube: str = "dom0") -> None:
+        """No event is waited for behind the next one, which is the qube's."""
         self._stopped = True
-        api.do("admin.vm.tag.Set", "dom0", f"stop-{time.monotonic_ns()}")
+        api.do("admin.vm.tag.Set", qube, f"stop-{time.monotonic_ns()}")
         self.join(30)
         assert not self.is_alive()
 
@@ -1130,6 +1133,89 @@ def agree(manager: Manager, api: StrictClient, mark: str) -> None:
     api.do("admin.vm.tag.Set", "dom0", mark)
     manager.wait(f"domain-tag-add:{mark}")
     assert differences(manager, api) == []
+
+
+# The documented recipe for a qube that manages those which it makes, and no others.
+DELEGATED = """\
+admin.vm.List * keeper @adminvm allow target=dom0
+admin.vm.List * keeper @tag:created-by-keeper allow target=dom0
+admin.Events * keeper @adminvm allow target=dom0
+admin.Events * keeper @tag:created-by-keeper allow target=dom0
+admin.vm.Create.AppVM +tmpl keeper @adminvm allow target=dom0
+admin.vm.Remove * keeper @tag:created-by-keeper allow target=dom0
+admin.vm.CurrentState * keeper @adminvm allow target=dom0
+!include-service admin.label.List * include/admin-global-ro
+"""
+
+
+def test_a_manager_of_some_qubes(world: World, api: StrictClient, tools: Tools) -> None:
+    """Tools and a manager in a qube that may do everything with its own qubes only."""
+    tools.create("keeper")
+    directory = world.instance.root / "etc/qubes/policy.d"
+    done = subprocess.run(
+        [PYTHON, "-m", "clients.cli.bulkhead", "policy", "includes", "--write", str(directory),
+         "--root", str(world.instance.root)],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done
+    own = "keeper @tag:created-by-keeper allow target=dom0\n"
+    (directory / "include/admin-local-rwx").write_text(own)
+    (directory / "include/admin-global-ro").write_text("keeper @adminvm allow target=dom0\n")
+    (directory / "30-keeper.policy").write_text(DELEGATED)
+    path = Path(api.call("bulkhead.caller.Open", "keeper").strip())
+    caller = StrictClient(path)
+    world.instance.until(lambda: _may_list(caller), 20, "the policy is in force")
+    manager = Manager(path)
+    manager.start()
+    manager.wait("connection-established")
+    theirs = Tools(caller, world.instance.root, {})
+    theirs.create("k-one", template="tmpl", properties={"vcpus": "1"})
+    tools.create("k-secret")
+    tools.start("k-secret")
+    with pytest.raises(AccessError):
+        theirs.create("k-other", "TemplateVM")
+    theirs.create("k-two", template="tmpl")
+    assert theirs.raw_list() == ["dom0", "k-one", "k-two"]
+    for name in ("k-secret", "nosuch"):
+        with pytest.raises(ToolFailure):
+            theirs.start(name)
+        with pytest.raises(AccessError):
+            caller.do("admin.vm.Start", name)
+    theirs.start("k-one")
+    theirs.power("Pause", "k-one")
+    assert theirs.prefs("k-one")["vcpus"] == 1
+    theirs.feature("k-one", "os", "Linux")
+    theirs.tag("k-one", "add", "mine")
+    with api.refused("PermissionDenied"):
+        theirs.tag("k-one", "add", "created-by-other")
+    theirs.firewall_add("k-one", {"action": "drop", "dst4": "10.0.0.0/8"}, 0)
+    theirs.notes("k-one", "by a keeper")
+    for volume in caller.volumes("k-one"):
+        assert theirs.volume_info("k-one", volume)["pool"]
+    theirs.volume_clone("k-one", "k-two", "private")
+    theirs.unpause("k-one")
+    theirs.shutdown("k-one", wait=True)
+    with pytest.raises(QubesException):
+        caller.set("k-one", "netvm", "k-secret")
+    theirs.remove("k-two")
+    caller.do("admin.vm.tag.Set", "k-one", "looked")
+    manager.wait("domain-tag-add:looked")
+    assert set(manager.cache.states) == {"dom0", "k-one"}
+    assert differences(manager, caller) == []
+    assert manager.cache.reloads == 1
+    assert not [s for s in manager.subjects if s not in ("", "dom0", "k-one", "k-two")]
+    manager.stop(caller, "k-one")
+    (directory / "30-keeper.policy").unlink()
+    api.call("bulkhead.caller.Close", "keeper")
+    tools.power("Kill", "k-secret")
+    assert tools.remove("k-one", "k-secret", "keeper") == []
+
+
+def _may_list(caller: StrictClient) -> bool:
+    try:
+        return bool(caller.vm_list())
+    except AccessError:
+        return False
 
 
 @pytest.mark.parametrize("service", ["registry", "adminapi"])
