@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import Any
 
 from bulkhead.model.records import (
@@ -40,24 +41,44 @@ _SKIPPED = frozenset({"revision", "progress", "progress_text", "data", "request_
 def plain(value: Any) -> Any:
     """A record as JSON-ready values: mappings sorted, sets as sorted lists, bytes as
     their digest, secrets left out."""
-    if type(value) is str:
+    kind = type(value)
+    # Every change passes here, and most of what it holds is one of these.
+    if kind in _AS_IT_IS:
         return value
+    if kind is tuple or kind is list:
+        return [plain(v) for v in value]
+    names = _all_names(kind)
+    if names is not None:
+        return {name: plain(getattr(value, name)) for name in names}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, bytes):
         return _digest(value)
     if isinstance(value, Mapping):
         return {
-            str(k): LEFT_OUT if _SECRET.search(str(k)) else plain(v)
-            for k, v in sorted(value.items())
+            str(k): LEFT_OUT if _is_secret(str(k)) else plain(v) for k, v in sorted(value.items())
         }
     if isinstance(value, frozenset | set):
         return sorted(plain(v) for v in value)
-    if isinstance(value, tuple | list):
-        return [plain(v) for v in value]
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     return value
+
+
+_AS_IT_IS = frozenset({str, int, float, bool, type(None)})
+
+
+_FIELDS: dict[type[Any], tuple[str, ...] | None] = {}
+
+
+def _all_names(kind: type[Any]) -> tuple[str, ...] | None:
+    """Fields of a dataclass; None for other types."""
+    if kind not in _FIELDS:
+        _FIELDS[kind] = tuple(f.name for f in fields(kind)) if is_dataclass(kind) else None
+    return _FIELDS[kind]
+
+
+@lru_cache(1024)
+def _is_secret(key: str) -> bool:
+    return _SECRET.search(key) is not None
 
 
 def _digest(data: bytes) -> str:
