@@ -113,10 +113,12 @@ class DirectoryDriver(Driver):
 
     # Mode of a committed file: readable by guests where running data refers to it.
     clean_mode: ClassVar[int] = 0o600
+    # Names of the options, as in info(), which looks at the host each time.
+    parameters: ClassVar[tuple[str, ...]]
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
-        self.root = Path(parse_directory(pool, self.name, self.info().parameters))
+        self.root = Path(parse_directory(pool, self.name, self.parameters))
         self.revisions_to_keep = parse_revisions(pool)
         self.ephemeral_volatile = parse_bool(pool, "ephemeral_volatile", False)
 

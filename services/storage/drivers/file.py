@@ -35,13 +35,14 @@ class FileDriver(DirectoryDriver):
 
     name = "file"
     clean_mode = 0o640  # QEMU reads it below an overlay
+    parameters = ("revisions_to_keep", "dir_path", "ephemeral_volatile")
 
     @classmethod
     def info(cls) -> DriverInfo:
         missing = shutil.which("qemu-img", path=_SEARCH) is None
         return DriverInfo(
             name=cls.name,
-            parameters=("revisions_to_keep", "dir_path", "ephemeral_volatile"),
+            parameters=cls.parameters,
             required=("dir_path",),
             why_not="qemu-img is not installed (package qemu-utils or qemu-img)" if missing else "",
             negative_revisions=True,

@@ -31,6 +31,7 @@ class FileReflinkDriver(DirectoryDriver):
     """Option setup_check (default True): refuse a directory whose file system cannot share."""
 
     name = "file-reflink"
+    parameters = ("revisions_to_keep", "dir_path", "ephemeral_volatile", "setup_check")
 
     def __init__(self, pool: Pool) -> None:
         super().__init__(pool)
@@ -40,7 +41,7 @@ class FileReflinkDriver(DirectoryDriver):
     def info(cls) -> DriverInfo:
         return DriverInfo(
             name=cls.name,
-            parameters=("revisions_to_keep", "dir_path", "ephemeral_volatile", "setup_check"),
+            parameters=cls.parameters,
             required=("dir_path",),
             reflink=True,
             negative_revisions=True,
