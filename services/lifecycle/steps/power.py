@@ -12,7 +12,7 @@ import logging
 
 from bulkhead.api import domains_pb2
 from bulkhead.bus.errors import BusError
-from bulkhead.model.evaluate import evaluate, is_running
+from bulkhead.model.evaluate import evaluate, is_running, power_state
 from bulkhead.model.features import truthy
 from bulkhead.model.power import current_power
 from bulkhead.model.records import OperationState, Phase, Problem
@@ -34,6 +34,10 @@ from services.lifecycle.steps.start import (
 log = logging.getLogger("bulkhead.lifecycle")
 
 SERVICE_TIMEOUT_S = 60
+# A shutdown without wait: how long a guest may take to count as gone at once, and how
+# long the clean-up after such a one is waited for.
+AT_ONCE_S = 0.1
+CLEAN_UP_S = 10.0
 
 
 class _Forward:
@@ -117,11 +121,12 @@ class Shutdown(_Forward):
 
 
 class Stopped(_Forward):
-    """STOPPED of this boot has ended; a shutdown without wait does not wait for it."""
+    """STOPPED of this boot has ended; a shutdown without wait does not wait for the guest."""
 
     async def forward(self, context: StepContext) -> Outcome:
         spec = context.operation.spec
         if isinstance(spec, ShutdownSpec) and not spec.wait:
+            await _gone_at_once(context)
             return Outcome()
         qube = subject(context)
         limit = None
@@ -170,6 +175,26 @@ def _check_stop(context: StepContext, uuid: str, boot_of: str) -> None:
             and other.error is not None
         ):
             raise StepFailed(other.error)
+
+
+async def _gone_at_once(context: StepContext) -> None:
+    """Where the guest is gone at once, its qube is halted for whoever calls next.
+
+    Returns when it is, or when the guest takes its time; never waits for long.
+    """
+    loop = asyncio.get_running_loop()
+    identity, boot_of, gone = subject(context).uuid, boot_id(context), False
+    limit = loop.time() + AT_ONCE_S
+    while True:
+        now = context.view.by_uuid_any(identity)
+        if now is None or now.run.phase is Phase.HALTED or now.run.boot_id != boot_of:
+            return
+        if not gone and power_state(context.view, now) == "Dying":
+            gone, limit = True, loop.time() + CLEAN_UP_S
+        left = limit - loop.time()
+        if left <= 0:
+            return
+        await context.executor.changed(left)
 
 
 class Destroy(_Forward):
