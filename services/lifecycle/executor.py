@@ -328,9 +328,7 @@ class Executor:
         left = saga.remaining(row, operation)[1 if after_cursor else 0 :]
         for stage in left:
             first = stage[0]
-            latest = self.replica.view.operations.get(operation.id)
-            if latest is not None and latest.cancel_requested:
-                operation = replace(operation, cancel_requested=True)
+            operation = self._asked(operation)
             if saga.may_cancel(operation, first):
                 await self._compensate(operation, _cancelled(operation))
                 return
@@ -347,6 +345,11 @@ class Executor:
             pending = ()
             outcomes = await self._stage(operation, stage)
             if outcomes is None:
+                return
+            operation = self._asked(operation)
+            if len(stage) > 1 and saga.may_cancel(operation, stage[-1]):
+                # Asked for while they were under way, as before the last of them.
+                await self._compensate(operation, _cancelled(operation))
                 return
             waits = False
             for step, outcome in zip(stage, outcomes, strict=True):
@@ -369,6 +372,13 @@ class Executor:
                 )
                 return
         await self._end(operation, OperationState.SUCCEEDED, None, result, pending)
+
+    def _asked(self, operation: Operation) -> Operation:
+        """The operation, with the mark of a cancel that was asked for meanwhile."""
+        latest = self.replica.view.operations.get(operation.id)
+        if latest is not None and latest.cancel_requested and not operation.cancel_requested:
+            return replace(operation, cancel_requested=True)
+        return operation
 
     async def _stage(
         self, operation: Operation, stage: Sequence[StepRow]

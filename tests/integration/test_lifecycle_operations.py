@@ -52,9 +52,9 @@ class World:
     def uuid(self, name: str) -> str:
         return str(self.record(name)["uuid"])
 
-    def later(self, method: str, dest: str, arg: str = "") -> Future[Reply]:
+    def later(self, method: str, dest: str, arg: str = "", payload: bytes = b"") -> Future[Reply]:
         """The call, made from another connection."""
-        return self.threads.submit(self.instance.call, method, dest, arg)
+        return self.threads.submit(self.instance.call, method, dest, arg, payload)
 
     def operations(self, name: str) -> list[tuple[str, str]]:
         """(kind, state) of every operation on the qube that is still known, oldest first."""
@@ -168,6 +168,19 @@ def test_a_start_can_be_cancelled_before_its_pivot(world: World) -> None:
     world.sim.clear(slow)
     assert ("START", "cancelled") in world.operations("regretted")
     assert world.record("regretted")["run"]["phase"] == "halted"
+    world.quiet()
+
+
+def test_a_clone_is_cancelled_once_its_data_is_copied(world: World) -> None:
+    world.make("origin")
+    world.instance.arm("storage.clone.before_rename=sleep:1.5")
+    clone = world.later("bulkhead.vm.Clone", "origin", payload=b"name=unwanted")
+    world.until(lambda: bool(world.under_way("origin", "CLONE")), "the clone is under way")
+    world.instance.ok("bulkhead.op.Cancel", arg=world.under_way("origin", "CLONE"))
+    assert clone.result(30).kind == "exc"
+    world.instance.disarm()
+    assert ("CLONE", "cancelled") in world.operations("origin")
+    assert not exists(world.instance, "unwanted")
     world.quiet()
 
 
