@@ -36,7 +36,12 @@ DURABLE = (
     "registry.publish.before",
     "registry.reply.before",
 )
-BEGUN = ("lifecycle.begin.before", "lifecycle.begin.after", "lifecycle.step.after", *DURABLE)
+AFTER = ("lifecycle.step.after", "registry.commit.after_commit")
+BEGUN = (
+    *(("CREATE", f"lifecycle.begin.{when}") for when in ("before", "after")),
+    *(("CREATE", point) for point in DURABLE),
+    *((kind, point) for kind in ("START", "REMOVE") for point in AFTER),
+)
 
 
 @dataclass
@@ -99,8 +104,7 @@ def killed(ground: Ground, point: str) -> None:
     assert wait_quiet(ground.instance, ground.pool) == []
 
 
-@pytest.mark.parametrize("point", BEGUN)
-@pytest.mark.parametrize("kind", ["CREATE", "START", "REMOVE"])
+@pytest.mark.parametrize(("kind", "point"), BEGUN)
 def test_an_operation_is_begun_once(ground: Ground, kind: str, point: str) -> None:
     instance = ground.instance
     name = f"q{uuid4().hex[:8]}"
@@ -169,5 +173,11 @@ def test_nothing_is_refused_because_the_registry_has_just_started(ground: Ground
         reply = instance.call(method, "worker", arg, payload)
         assert reply.kind == "ok", f"{method}: {reply.exception} {reply.message}"
         instance.wait_restarted("registry", old)
-    assert wait_quiet(instance, ground.pool) == []
     scenario.clean(instance)
+    kernel = {s.name: s for s in SCENARIOS}["remove-kernel"]
+    kernel.prepare(instance)
+    old = instance.kill("registry")
+    told = kernel.act(instance)
+    assert told.kind == "ok", told.message
+    instance.wait_restarted("registry", old)
+    assert wait_quiet(instance, ground.pool) == []

@@ -192,6 +192,7 @@ _ROWS: tuple[OperationRow, ...] = (
     OperationRow(
         "SHUTDOWN",
         locks="the qube",
+        reads=("domains",),
         # stopped: with wait, until the STOPPED operation of this boot has ended; without
         # wait nothing.
         steps=(StepRow("shutdown"), StepRow("stopped", only_waits=True)),
@@ -299,8 +300,18 @@ _ROWS: tuple[OperationRow, ...] = (
         begin="pool-pre-delete",
         end="pool-delete",
     ),
-    OperationRow("KERNEL_ADD", locks="kernel/NAME", steps=(StepRow("kernel_add", undo=True),)),
-    OperationRow("KERNEL_REMOVE", locks="kernel/NAME", steps=(StepRow("kernel_remove"),)),
+    OperationRow(
+        "KERNEL_ADD",
+        locks="kernel/NAME",
+        reads=("storage",),
+        steps=(StepRow("kernel_add", undo=True),),
+    ),
+    OperationRow(
+        "KERNEL_REMOVE",
+        locks="kernel/NAME",
+        reads=("storage",),
+        steps=(StepRow("kernel_remove"),),
+    ),
 )
 
 OPERATIONS: Mapping[str, OperationRow] = MappingProxyType({row.kind: row for row in _ROWS})
