@@ -630,7 +630,27 @@ def test_follow_up_given_by_the_caller_is_begun_once(w: World) -> None:
 def test_started_netvm_applies_its_running_clients(w: World) -> None:
     w.start("work")
     w.start("sys-net")
-    assert [o.kind for o in w.view.operations_on(w.qube("work").uuid)] == ["APPLY"]
+    applied(w, "work")
+
+
+def applied(w: World, name: str) -> Operation:
+    """The APPLY that is under way: what changed meanwhile reaches the qube."""
+    (operation,) = w.view.operations_on(w.qube(name).uuid)
+    assert operation.kind == "APPLY"
+    return operation
+
+
+def test_who_sleeps_while_its_netvm_starts_is_connected_when_it_goes_on(w: World) -> None:
+    w.start("sys-net")
+    w.start("work")
+    w.end(w.begin(PauseSpec("work")).operation)
+    w.power("work", "paused")
+    w.run(KillSpec("sys-net"))
+    w.run(StoppedSpec(w.qube("sys-net").uuid, w.qube("sys-net").run.boot_id))
+    w.start("sys-net")
+    assert list(w.view.operations_on(w.qube("work").uuid)) == []
+    w.run(UnpauseSpec("work"))
+    applied(w, "work")
 
 
 # ---- STOPPED
@@ -711,6 +731,7 @@ def test_shutdown_that_times_out(w: World) -> None:
     assert names(ended.events) == ["work:domain-shutdown-failed"]
     assert pairs(ended.events[0]) == {"reason": "too slow"}
     assert w.qube("work").run.phase is Phase.UP
+    applied(w, "work")
 
 
 def test_shutdown_refused(w: World) -> None:
@@ -800,6 +821,7 @@ def test_suspend_and_resume(w: World) -> None:
     w.power("work", "pmsuspended")
     assert names(w.run(ResumeSpec("work"))) == ["work:domain-resumed"]
     w.power("work", "running")
+    w.end(applied(w, "work"))
     begun = w.begin(SuspendSpec("work"))
     ended = w.end(begun.operation, result={"paused_instead": "1"})
     assert names(ended.events) == of("work", ["domain-pre-paused", "domain-paused"])

@@ -319,6 +319,8 @@ def end_shutdown(draft: Draft, operation: Operation, outcome: OperationState, re
     _back_to_up(draft, qube, operation)
     if outcome is not OperationState.SUCCEEDED:
         draft.emit(events.domain_shutdown_failed(qube, reason))
+        if draft.qube(qube.uuid).run.phase is Phase.UP:
+            _catch_up(draft, draft.qube(qube.uuid))
 
 
 def _back_to_up(draft: Draft, qube: Qube, operation: Operation) -> None:
@@ -332,6 +334,13 @@ def _back_to_up(draft: Draft, qube: Qube, operation: Operation) -> None:
         for other in draft.operations_on(qube.uuid)
     ):
         _phase(draft, qube, Phase.UP)
+
+
+def _catch_up(draft: Draft, qube: Qube) -> None:
+    """What could not reach the qube while it was stopping or asleep does now: its netvm
+    may have been restarted meanwhile, and connects those only that run then."""
+    if not is_preload(draft.view, qube):
+        draft.live(qube)
 
 
 def begin_kill(draft: Draft, operation: Operation, spec: KillSpec, fresh: Fresh) -> Operation:
@@ -415,6 +424,7 @@ def end_unpause(draft: Draft, operation: Operation, outcome: OperationState) -> 
     if booted(qube, boot_of(operation)):
         draft.emit(events.domain_unpaused(qube))
         apply_deferred_netvm(draft, qube)
+        _catch_up(draft, draft.qube(qube.uuid))
 
 
 def begin_suspend(draft: Draft, operation: Operation, spec: SuspendSpec, fresh: Fresh) -> Operation:
@@ -472,6 +482,7 @@ def end_resume(draft: Draft, operation: Operation, outcome: OperationState) -> N
     else:
         draft.emit(events.domain_resumed(qube))
     apply_deferred_netvm(draft, qube)
+    _catch_up(draft, draft.qube(qube.uuid))
 
 
 # ---- APPLY
