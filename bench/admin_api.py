@@ -252,7 +252,7 @@ def report_calls(verdict: Verdict, series: Series, few: int, many: int) -> None:
             f"{ratio:8.2f} (at most {LIMIT_CONSTANT})",
             ratio <= LIMIT_CONSTANT,
         )
-    # Three more are listed: dom0, the template, and what made-N left: nothing.
+    # dom0 and the template are listed too.
     listed = {"few": few + 2, "many": many + 2}
     share = {place: series.ms("List", place) / listed[place] for place in listed}
     ratio = share["many"] / share["few"]
@@ -322,6 +322,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--role", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.few < 1 or args.many < CLIENTS:  # each of them writes to a qube of its own
+        parser.error(f"--few is at least 1, --many at least {CLIENTS}")
     if args.role is not None:
         role = {"echo": _echo, "writer": _writer}[args.role[0]]
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -333,8 +335,7 @@ def main() -> int:
         for place, count in (("few", args.few), ("many", args.many)):
             places[place] = Instance()
             stack.callback(places[place].close)
-            places[place].grow(max(count, 2))
-        # The clients of the throughput row write to a qube each.
+            places[place].grow(count)
         stack.enter_context(beside("echo", directory / "echo"))
         floors = Floors(directory / "echo", directory)
         stack.callback(floors.close)
