@@ -47,7 +47,7 @@ PROGRESS_S = 1.0
 _BATCH = 256
 _RETRY_S = 0.1
 # After a snapshot: long enough for those who waited for it to be answered first.
-_SETTLE_S = 1.0
+_KEEP_S = 1.0
 
 
 class Publisher:
@@ -220,7 +220,7 @@ class ReplicaRunner:
         self._boot = ""
         self._scheduled = False
         self._closed = False
-        self._settling: asyncio.TimerHandle | None = None
+        self._keeping: asyncio.TimerHandle | None = None
         self.view = View()
         self.seq = 0
         self.revision = 0
@@ -297,8 +297,8 @@ class ReplicaRunner:
     def close(self) -> None:
         """Stop following."""
         self._closed = True
-        if self._settling is not None:
-            self._settling.cancel()
+        if self._keeping is not None:
+            self._keeping.cancel()
         self._loop.remove_reader(self._fd)
         self._socket.close(linger=0)
 
@@ -385,9 +385,9 @@ class ReplicaRunner:
             self._log.warning("the view was loaded anew: %s", self._replica.last_reason)
         self._ready.set()
         self._tell(Entry(load.seq, load.revision, resync=True, previous=previous))
-        if self._settling is not None:
-            self._settling.cancel()
-        self._settling = self._loop.call_later(_SETTLE_S, memory.settle)
+        if self._keeping is not None:
+            self._keeping.cancel()
+        self._keeping = self._loop.call_later(_KEEP_S, memory.keep)
 
     def _apply(self, entry: records_pb2.StreamEntry) -> None:
         changes = []

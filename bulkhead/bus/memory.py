@@ -14,9 +14,14 @@ _libc = ctypes.CDLL(None)
 
 
 def settle() -> None:
-    """What is here now stays: collections need not look at it again, and what it was made
-    from goes back to the system."""
+    """Look for garbage once more, then keep() the rest. Takes a moment for each object."""
     gc.collect()
+    keep()
+
+
+def keep() -> None:
+    """What is here now stays: collections need not look at it again, and the memory that
+    its making has freed goes back to the system."""
     gc.freeze()
     if hasattr(_libc, "malloc_trim"):  # not with another C library than GNU's
         _libc.malloc_trim(0)
