@@ -153,6 +153,32 @@ def test_nobody_waits_behind_an_import_whose_place_is_being_made(world: World) -
     world.instance.ok("admin.vm.Remove", "imported")
 
 
+def test_a_copy_to_a_starting_client_does_not_hold_up_its_netvm(world: World) -> None:
+    world.make("uplink", provides_network="True")
+    world.make("client", netvm="uplink")
+    token = world.instance.ok("admin.vm.volume.CloneFrom", "uplink", "private")
+    storage = world.instance.pid("storage")
+    os.kill(storage, signal.SIGSTOP)
+    try:
+        start = world.later("admin.vm.Start", "client")
+        world.until(lambda: world.under_way("client", "START", "running", "verify"), "it starts")
+        copy = world.threads.submit(
+            world.instance.call,
+            "admin.vm.volume.CloneTo",
+            "client",
+            "private",
+            token.encode(),
+            timeout=120.0,
+        )
+        world.until(lambda: world.under_way("uplink", "CLONE_VOLUME", "queued"), "the copy waits")
+    finally:
+        os.kill(storage, signal.SIGCONT)
+    assert start.result(SOON_S).kind == "ok"
+    assert copy.result(SOON_S).exception == "QubesVMNotHaltedError"
+    for name in ("client", "uplink"):
+        world.instance.ok("admin.vm.Kill", name)
+
+
 def test_a_kernel_that_goes_is_chosen_by_nobody(world: World) -> None:
     instance = world.instance
     source = instance.root / "kernel-other"

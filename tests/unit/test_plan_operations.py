@@ -1331,3 +1331,25 @@ def test_what_nobody_would_ask_for_again_waits_as_long_as_it_takes(w: World) -> 
     removal = w.end(stopped).follow_up
     assert removal is not None and removal.state is OperationState.QUEUED
     assert may_wait_for_ever(removal)
+
+
+def test_a_netvm_starts_for_its_client_past_what_waits_for_that_client(w: World) -> None:
+    """Otherwise each of the three would wait for the next one."""
+    w.run(ResizeSpec("sys-net", "private", 2**32))
+    client = w.begin(StartSpec("work")).operation
+    copy = w.begin(CloneVolumeSpec("sys-net", "private", "work", "private")).operation
+    assert copy.state is OperationState.QUEUED
+    assert w.begin(StartSpec("sys-net")).operation.state is OperationState.RUNNING
+    # The same where the netvm was held when its start was asked for.
+    w = world()
+    holder = w.begin(ResizeSpec("sys-net", "private", 2**32)).operation
+    client = w.begin(StartSpec("work")).operation
+    copy = w.begin(CloneVolumeSpec("sys-net", "private", "work", "private")).operation
+    netvm = w.begin(StartSpec("sys-net")).operation
+    assert (copy.state, netvm.state) == (OperationState.QUEUED, OperationState.QUEUED)
+    assert [o.id for o in w.end(holder).promoted] == [netvm.id]
+    w.end(w.view.operations[netvm.id])
+    assert w.view.operations[copy.id].state is OperationState.QUEUED
+    w.end(client)
+    # Its turn has come; a volume of a qube that runs is refused then.
+    assert w.view.operations[copy.id].state is FAILED

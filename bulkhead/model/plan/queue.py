@@ -37,8 +37,24 @@ def blockers(draft: Draft, operation: Operation, *, ahead: bool = False) -> list
             for other in draft.operations_on(subject)
             if other.id != operation.id and not (ahead and other.state is OperationState.QUEUED)
         ]
+        if operation.kind == "START":
+            others = [o for o in others if not _waits_elsewhere(draft, o, operation)]
         found.extend(_not_passed(others) if row.power else others)
     return found
+
+
+def _waits_elsewhere(draft: Draft, other: Operation, start: Operation) -> bool:
+    """It waits, and for a qube that the start does not concern.
+
+    That qube may be the one that waits for this start, of its netvm: then neither would
+    ever come to its turn.
+    """
+    return other.state is OperationState.QUEUED and any(
+        holder.state is not OperationState.QUEUED
+        for subject in other.subjects
+        if subject not in start.subjects
+        for holder in draft.operations_on(subject)
+    )
 
 
 def _not_passed(others: list[Operation]) -> list[Operation]:
