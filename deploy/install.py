@@ -18,6 +18,7 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
+from bulkhead.config import SERVICES
 from clients.cli.instance import accounts
 from deploy import completion, services
 
@@ -82,7 +83,7 @@ class Installation:
             )
         for name in runtime_distributions("qubes-bulkhead"):
             _copy_distribution(name, site)
-        here = Path(importlib.metadata.distribution("pyzmq").locate_file(""))
+        here = Path(str(importlib.metadata.distribution("pyzmq").locate_file("")))
         for pattern in SYSTEM_MODULES:
             for path in here.glob(pattern):
                 (site / path.name).symlink_to(path.resolve())
@@ -164,7 +165,7 @@ def _copy_distribution(name: str, site: Path) -> None:
     for file in distribution.files or ():
         if ".." in file.parts or "__pycache__" in file.parts:
             continue  # commands of theirs, which nobody here runs
-        source = Path(distribution.locate_file(file))
+        source = Path(str(distribution.locate_file(file)))
         target = site / file
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source, target)
@@ -173,7 +174,7 @@ def _copy_distribution(name: str, site: Path) -> None:
 def sysusers() -> str:
     """sysusers.d: the users and groups of the services, from the accounts' own table."""
     lines = [f"g {accounts.CLIENT_GROUP} -", f"g {accounts.DISK_GROUP} -"]
-    for service in accounts.SERVICES:
+    for service in SERVICES:
         name = accounts.PREFIX + service
         lines.append(f"g {name} -")
         if service not in accounts.ROOT_SERVICES:

@@ -314,10 +314,10 @@ def qemu(session_uid: int = 0) -> Iterator[QemuBench]:
             path.chmod(0o644)
         socket = root / "run/bulkhead/libvirt/libvirt-sock"
         arguments: tuple[str, ...] = ()
-        path = "system"
+        mode = "system"
         if session_uid:
-            arguments, path = ("--session", "--uid", str(session_uid)), "session"
-        bench = QemuBench(root, f"qemu:///{path}?socket={socket}", kernel, initramfs, arguments)
+            arguments, mode = ("--session", "--uid", str(session_uid)), "session"
+        bench = QemuBench(root, f"qemu:///{mode}?socket={socket}", kernel, initramfs, arguments)
         bench.start_daemon()
         try:
             yield bench

@@ -126,7 +126,7 @@ def test_the_same_uuid_is_refused_while_it_exists(bench: Bench) -> None:
 def test_resume_and_pause_may_be_repeated(bench: Bench) -> None:
     spec = bench.spec(3)
 
-    async def scenario(hypervisor: Hypervisor, _: list[Event]) -> None:
+    async def scenario(hypervisor: Hypervisor, _events: list[Event]) -> None:
         await hypervisor.create_paused(spec, bench.patience)
         for _ in range(2):
             await hypervisor.resume(spec.uuid, bench.patience)
@@ -236,7 +236,7 @@ def test_calls_on_no_domain_say_not_found(bench: Bench) -> None:
 def test_disks_come_and_go_while_the_guest_runs(bench: Bench) -> None:
     spec, disk = bench.spec(9), bench.disk()
 
-    async def scenario(hypervisor: Hypervisor, _: list[Event]) -> None:
+    async def scenario(hypervisor: Hypervisor, _events: list[Event]) -> None:
         await hypervisor.create_paused(spec, bench.patience)
         await hypervisor.resume(spec.uuid, bench.patience)
         if "hotplug" not in bench.abilities:

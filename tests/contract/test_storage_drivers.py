@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -138,7 +139,7 @@ def pool(place: tuple[str, Path], request: pytest.FixtureRequest) -> Iterator[Po
     subprocess.run(["rm", "-rf", str(root)], check=True)
 
 
-def origin(name: str = "private", qube: str = "work", **fields: object) -> Volume:
+def origin(name: str = "private", qube: str = "work", **fields: Any) -> Volume:
     base = Volume(
         name=name,
         pool="p",
@@ -148,7 +149,7 @@ def origin(name: str = "private", qube: str = "work", **fields: object) -> Volum
         rw=True,
         save_on_stop=True,
     )
-    return replace(base, **fields)  # type: ignore[arg-type]
+    return replace(base, **fields)
 
 
 def snapshot(source: Volume, qube: str = "disp") -> Volume:
@@ -163,13 +164,13 @@ def snapshot(source: Volume, qube: str = "disp") -> Volume:
     )
 
 
-def volatile(**fields: object) -> Volume:
+def volatile(**fields: Any) -> Volume:
     base = Volume(name="volatile", pool="p", vid="appvms/work/volatile", size=2 * MIB, rw=True)
-    return replace(base, **fields)  # type: ignore[arg-type]
+    return replace(base, **fields)
 
 
-def refusal(reason: str) -> pytest.RaisesContext[StorageRefusal]:
-    return pytest.raises(StorageRefusal, check=lambda e: e.reason == reason)  # type: ignore[call-overload, no-any-return]
+def refusal(reason: str) -> pytest.RaisesExc[StorageRefusal]:
+    return pytest.raises(StorageRefusal, check=lambda e: e.reason == reason)
 
 
 A, B, C = b"\xaa" * 4096, b"\xbb" * 4096, b"\xcc" * 4096

@@ -109,7 +109,7 @@ class Instance:
         logging.getLogger("bulkhead").setLevel(logging.CRITICAL)
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, *_exception: object) -> None:
         for opened in self._opened:
             opened.close()
         for _, _, server, _ in list(self._running):

@@ -35,7 +35,7 @@ from services.registry.numbers import RecentNumbers
 from services.registry.replies import DurableReplies
 from services.registry.store import StoreError, open_store
 
-METHODS = {
+METHODS: dict[str, tuple[str, Any, str]] = {
     "mutate": ("Mutate", registry_pb2.MutateRequest, "adminapi"),
     "begin": ("Begin", registry_pb2.BeginRequest, "lifecycle"),
     "end": ("End", registry_pb2.EndRequest, "lifecycle"),

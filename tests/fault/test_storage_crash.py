@@ -140,6 +140,16 @@ def nothing(_: Driver) -> None:
     pass
 
 
+def in_order(*parts: Callable[[Driver], object]) -> Callable[[Driver], object]:
+    """One preparation after the other."""
+
+    def prepare(driver: Driver) -> None:
+        for part in parts:
+            part(driver)
+
+    return prepare
+
+
 IN_PLACE = replace(PRIVATE, revisions_to_keep=-1)
 NO_REVISIONS = replace(PRIVATE, revisions_to_keep=0)
 
@@ -173,14 +183,14 @@ SCENARIOS = [
     Scenario("stop-without-revisions", everything, stop(NO_REVISIONS)),
     Scenario(
         "stop-in-place",
-        lambda d: (two_states(d), run(d, IN_PLACE, B)),
+        in_order(two_states, lambda d: run(d, IN_PLACE, B)),
         stop(IN_PLACE),
     ),
     Scenario("stop-snapshot", with_child, stop(CHILD)),
     Scenario("stop-volatile", lambda d: run(d, VOLATILE, B), stop(VOLATILE)),
     Scenario(
         "revert",
-        lambda d: (two_states(d), cycle(d, PRIVATE, B)),
+        in_order(two_states, lambda d: cycle(d, PRIVATE, B)),
         lambda d: d.revert(OWNER, PRIVATE, "", "op"),
     ),
     Scenario("resize", two_states, lambda d: d.resize(OWNER, PRIVATE, 512 * KIB, Cancel())),
@@ -195,7 +205,7 @@ SCENARIOS = [
     Scenario("import-discard", importing, lambda d: d.import_end(OWNER, PRIVATE, False, "op")),
     Scenario("clear", two_states, lambda d: d.replace(OWNER, PRIVATE, None, "op", Cancel())),
     Scenario(
-        "replace", lambda d: (two_states(d), template(d)), lambda d: copied(d, False)
+        "replace", in_order(two_states, template), lambda d: copied(d, False)
     ),
     Scenario("remove", everything, lambda d: d.remove(OWNER, PRIVATE)),
     Scenario("quarantine", everything, quarantine),

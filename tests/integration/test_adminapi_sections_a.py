@@ -37,7 +37,7 @@ def rows() -> Iterator[Row]:
     C = "admin.vm.Create.AppVM"
     for n in ("work", "net", "net2", "dvm"):
         yield (C, "dom0", "tmpl", f"name={n} label=red", ok(""))
-    for q, p, v, e in [
+    table1: list[tuple[str, str, str, Want]] = [
         ("work", "memory", "500", ok()),
         ("work", "memory", "500", ok()),
         ("work", "memory", "0", P),
@@ -115,9 +115,10 @@ def rows() -> Iterator[Row]:
         ("dom0", "netvm", "net", "QubesNoSuchPropertyError"),
         ("work", "include_in_backups", "maybe", V),
         ("work", "autostart", "True", ok()),
-    ]:
+    ]
+    for q, p, v, e in table1:
         yield (S, q, p, v, e)
-    for p, e in [
+    table2: list[tuple[str, Want]] = [
         ("memory", ok()),
         ("nosuch", "QubesNoSuchPropertyError"),
         ("name", None),
@@ -127,7 +128,8 @@ def rows() -> Iterator[Row]:
         ("ip", ok()),
         ("mac", ok()),
         ("netvm", ok()),
-    ]:
+    ]
+    for p, e in table2:
         yield (R, "work", p, "", e)
     for p, e in [
         ("memory", "default=True type=int 400"),
@@ -140,7 +142,7 @@ def rows() -> Iterator[Row]:
         ("virt_mode", "default=False type=str pv"),
     ]:
         yield (G, "work", p, "", ok(e))
-    for p, v, e in [
+    table3: list[tuple[str, str, Want]] = [
         ("clockvm", "net", ok()),
         ("clockvm", "", ok()),
         ("clockvm", "nosuch", P),
@@ -165,20 +167,22 @@ def rows() -> Iterator[Row]:
         ("nosuch", "1", "QubesNoSuchPropertyError"),
         ("default_guivm", "net", ok()),
         ("default_audiovm", "", ok()),
-    ]:
+    ]
+    for p, v, e in table3:
         yield (AS, "dom0", p, v, e)
-    for p, e in [
+    table4: list[tuple[str, Want]] = [
         ("clockvm", ok()),
         ("nosuch", "QubesNoSuchPropertyError"),
         ("default_guivm", ok()),
         ("stats_interval", ok()),
-    ]:
+    ]
+    for p, e in table4:
         yield (AR, "dom0", p, "", e)
     yield (AS, "work", "clockvm", "net", X)
     yield (AG, "dom0", "", "", X)
     yield (G, "work", "nosuch", "", "QubesNoSuchPropertyError")
     yield (G, "tmpl", "template", "", "QubesNoSuchPropertyError")
-    for m, q, a, v, e in [
+    table5: list[tuple[str, str, str, str, Want]] = [
         ("Set", "work", "a", "1", ok()),
         ("Get", "work", "a", "", ok("1")),
         ("Get", "work", "b", "", "QubesFeatureNotFoundError"),
@@ -211,9 +215,10 @@ def rows() -> Iterator[Row]:
         ("Get", "work", "", "", X),
         ("Set", "work", "", "1", X),
         ("Remove", "work", "", "", X),
-    ]:
+    ]
+    for m, q, a, v, e in table5:
         yield (F + m, q, a, v, e)
-    for m, q, a, e in [
+    table6: list[tuple[str, str, str, Want]] = [
         ("Set", "work", "t1", ok()),
         ("Set", "work", "t1", ok()),
         ("Get", "work", "t1", ok("1")),
@@ -227,9 +232,10 @@ def rows() -> Iterator[Row]:
         ("Set", "work", "created-by-nosuch", None),
         ("Set", "dom0", "t", ok()),
         ("Remove", "work", "a.b", "QubesTagNotFoundError|QubesInvalidTagError"),
-    ]:
+    ]
+    for m, q, a, e in table6:
         yield (T + m, q, a, "", e)
-    for m, a, v, e in [
+    table7: list[tuple[str, str, str, Want]] = [
         ("Create", "cy", "0x00ffff", ok()),
         ("Get", "cy", "", ok("0x00ffff")),
         ("Index", "cy", "", ok("9")),
@@ -248,13 +254,14 @@ def rows() -> Iterator[Row]:
         ("Remove", "bb", "", ok()),
         ("Remove", "bb", "", "QubesLabelNotFoundError"),
         ("Remove", "a+b", "", "QubesInvalidLabelError"),
-    ]:
+    ]
+    for m, a, v, e in table7:
         yield (L + m, "dom0", a, v, e)
     yield (S, "work", "label", "cy", ok())
     yield (L + "Remove", "dom0", "cy", "", "QubesLabelInUseError")
     yield (S, "work", "label", "red", ok())
     yield (L + "Remove", "dom0", "9", "", ok())
-    for p, e, g in [
+    table8: list[tuple[str, Want, str | None]] = [
         ("action=accept", ok(), "action=accept\n"),
         (
             "action=drop dst4=1.2.3.4 proto=tcp dstports=80\n",
@@ -280,7 +287,8 @@ def rows() -> Iterator[Row]:
         ("action=accept  proto=tcp", None, None),
         ("action=accept dstports=80", None, None),
         ("action=foo", None, None),
-    ]:
+    ]
+    for p, e, g in table8:
         yield (W + "Set", "work", "", p, e)
         if g is not None:
             yield (W + "Get", "work", "", "", ok(g))
@@ -288,14 +296,15 @@ def rows() -> Iterator[Row]:
     yield (W + "Get", "dom0", "", "", X)
     yield (W + "Set", "work", "a", "action=drop", X)
     yield (W + "Reload", "dom0", "", "", X)
-    for m, q, a, v, e in [
+    table9: list[tuple[str, str, str, str, Want]] = [
         ("Set", "work", "", "caf\xe9\n\ttab\x01", ok("")),
         ("Get", "work", "", "", ok("caf\xe9\n\ttab_")),
         ("Set", "dom0", "", "x", X),
         ("Get", "dom0", "", "", X),
         ("Set", "work", "x", "x", X),
         ("Get", "work", "", "x", X),
-    ]:
+    ]
+    for m, q, a, v, e in table9:
         yield (N + m, q, a, v, e)
 
 

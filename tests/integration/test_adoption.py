@@ -111,9 +111,9 @@ def test_a_kill_anywhere_loses_nothing(old: Old) -> None:
     for point in POINTS:
         if os.getuid() != 0 and ".own." in point:
             continue
-        for path, data in (("firewall.xml", RULES), ("notes.txt", "ünicode\n".encode())):
-            (old.folder / path).unlink()
-            (old.folder / path).write_bytes(data)
+        for name, data in (("firewall.xml", RULES), ("notes.txt", "ünicode\n".encode())):
+            (old.folder / name).unlink()
+            (old.folder / name).write_bytes(data)
         for path in (*(old.state / "firewall").iterdir(), *(old.state / "notes").glob("*")):
             path.unlink()
         killed = old.adopt(f"{point}=kill")

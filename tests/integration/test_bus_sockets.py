@@ -228,14 +228,18 @@ def test_the_control_lane_answers_while_work_is_stuck() -> None:
             await instance.serve("domains", handlers, ["Domains"], bounds)
             channel = instance.connections("lifecycle").channel("domains")
             calls = [asyncio.create_task(pause(channel)) for _ in range(5)]
-            health = control_pb2.HealthReply()
-            while health.in_flight < 5:
-                health = await channel.call(
+
+            async def ask() -> control_pb2.HealthReply:
+                return await channel.call(
                     "bulkhead.api.Control.Health",
                     control_pb2.HealthRequest(),
                     control_pb2.HealthReply,
                     timeout=5,
                 )
+
+            health = await ask()
+            while health.in_flight < 5:
+                health = await ask()
             assert health.ready and health.service == "domains"
             assert health.privileges["isolation"] == "off"
             operator = instance.connections("operator").channel("domains")
@@ -247,14 +251,10 @@ def test_the_control_lane_answers_while_work_is_stuck() -> None:
                     timeout=10,
                 )
             )
-            while health.ready:
-                health = await channel.call(
-                    "bulkhead.api.Control.Health",
-                    control_pb2.HealthRequest(),
-                    control_pb2.HealthReply,
-                    timeout=5,
-                )
-            assert health.not_ready_reason == "draining" and not drain.done()
+            late = await ask()
+            while late.ready:
+                late = await ask()
+            assert late.not_ready_reason == "draining" and not drain.done()
             assert (await refused(pause(channel, timeout=0.1))).reason == "DRAINING"
             release.set()
             await asyncio.gather(*calls, drain)

@@ -91,7 +91,8 @@ class Registry:
             ]
         if self.pause_pages is not None:
             await self.pause_pages.wait()
-        return self.snapshots[key][request.page]
+        page: registry_pb2.SnapshotReply = self.snapshots[key][request.page]
+        return page
 
 
 async def start_registry(instance: Instance, boot: str = "b1") -> tuple[Registry, Server]:

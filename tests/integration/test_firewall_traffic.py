@@ -485,7 +485,7 @@ def test_kernel_that_refuses_closes_that_qube_only(base: Lab) -> None:
             )
 
         monkey = {"left": 1}
-        ruleset.apply = broken  # type: ignore[assignment]
+        ruleset.apply = broken
         try:
             with pytest.raises(Exception, match="kernel refused"):
                 await made.set(qid, "action=accept proto=tcp")

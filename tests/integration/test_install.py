@@ -53,8 +53,8 @@ def test_commands_and_snippets(tree: Path) -> None:
     sleep = (tree / "usr/lib/systemd/system/bulkhead-suspend.service").read_text()
     for when, call in (("Start", "Pre"), ("Stop", "Post")):
         (line,) = [x for x in sleep.splitlines() if x.startswith(f"Exec{when}=")]
-        command, *words = line.removeprefix(f"Exec{when}=-").split()
-        assert Path(command).name in scripts() and command.startswith(str(PREFIX))
+        program, *words = line.removeprefix(f"Exec{when}=-").split()
+        assert Path(program).name in scripts() and program.startswith(str(PREFIX))
         asked = query.parser().parse_args(words)
         assert asked.connect == "/run/qubesd.internal.sock"
         assert asked.method == f"internal.Suspend{call}" and asked.method in CALLS["internal"]

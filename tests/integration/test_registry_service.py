@@ -25,6 +25,7 @@ from bulkhead.bus.errors import BusError
 from bulkhead.bus.events import Entry, ReplicaRunner
 from bulkhead.bus.frames import TOPIC_HIDDEN, TOPIC_VISIBLE
 from bulkhead.model.records import Fact, HostFact, Phase, PoolFact, PowerFact, QubePut, fact_key
+from bulkhead.model.specs import ApplySpec
 from clients.bus import RegistryClient
 from tests.fakes.bus import Instance
 from tests.fault.test_registry_store import qubes_xml
@@ -346,6 +347,7 @@ def test_a_live_change_of_a_running_qube_begins_an_apply() -> None:
         assert qube is not None and qube.run.phase is Phase.UP and qube.run.boot_id == boot
         assert list(reply.apply_operations) == [reply.apply_operation]
         operation = replica.view.operations[reply.apply_operation]
+        assert isinstance(operation.spec, ApplySpec)
         assert operation.kind == "APPLY" and operation.spec.revision == header.revision
         unfinished = (await lifecycle.take_epoch(registry_pb2.TakeEpochRequest())).unfinished
         assert [o.id for o in unfinished] == [reply.apply_operation]

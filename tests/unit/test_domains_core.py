@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -75,7 +76,7 @@ def test_a_good_spec_passes_unchanged() -> None:
 
 
 def test_the_message_and_the_spec_have_the_same_fields() -> None:
-    pairs = [
+    pairs: list[tuple[Any, Any]] = [
         (domains_pb2.DomainSpec, spec.DomainSpec),
         (domains_pb2.DiskSpec, spec.DiskSpec),
         (domains_pb2.InterfaceSpec, spec.InterfaceSpec),
@@ -88,7 +89,7 @@ def test_the_message_and_the_spec_have_the_same_fields() -> None:
 
 
 def test_every_message_field_arrives_in_the_spec() -> None:
-    message = domains_pb2.DomainSpec()
+    message: Any = domains_pb2.DomainSpec()
     expected: dict[str, object] = {}
     for number, field in enumerate(message.DESCRIPTOR.fields, 1):
         if field.message_type is not None:

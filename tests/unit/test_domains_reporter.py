@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from bulkhead.bus.errors import bus_error
-from bulkhead.model.records import Fact, HostFact, PowerFact
+from bulkhead.model.records import Fact, HostFact, PowerFact, fact_key
 from services.domains import reporter as module
 from services.domains.reporter import Reporter
 
@@ -36,7 +36,7 @@ class Registry:
             self.held.clear()
         for key in removed:
             self.held.pop(key, None)
-        self.held.update({module.fact_key(fact): fact for fact in put})
+        self.held.update({fact_key(fact): fact for fact in put})
 
     async def instance(self) -> str:
         self._check()

@@ -10,6 +10,7 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -165,9 +166,9 @@ def stock(root: etree._Element) -> etree._Element:
         assert parent is not None
         parent.remove(element)
     for element in root.iter("hostdev"):
-        element.attrib.pop("nostrictreset", None)
+        element.attrib.pop("nostrictreset", "")
     for element in root.iter("source"):
-        element.attrib.pop("powerManagementFiltering", None)
+        element.attrib.pop("powerManagementFiltering", "")
     return root
 
 
@@ -219,7 +220,7 @@ def _changes() -> list[tuple[str, object]]:
     return rows
 
 
-def _other(value: object) -> object:
+def _other(value: Any) -> Any:
     """Another value of the same kind."""
     if isinstance(value, bool):
         return not value
@@ -241,8 +242,9 @@ def _variant(spec: DomainSpec, path: str) -> DomainSpec | None:
     if isinstance(value, tuple):
         if not value:
             return None
-        changed = [replace(part, **{inner: _other(getattr(part, inner))}) for part in value]
-        return replace(spec, **{outer: tuple(changed)})
+        changed: Any = [replace(part, **{inner: _other(getattr(part, inner))}) for part in value]
+        parts: dict[str, Any] = {outer: tuple(changed)}
+        return replace(spec, **parts)
     return replace(spec, **{outer: replace(value, **{inner: _other(getattr(value, inner))})})
 
 

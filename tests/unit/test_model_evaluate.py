@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -177,7 +178,7 @@ def test_a_stored_value_is_read_and_is_not_default(klass: str | None) -> None:
         if klass == "AdminVM":
             name = "dom0"
         elif klass is not None:
-            disp = {"template": "dvm", "dispid": "7"} if klass == "DispVM" else {}
+            disp: dict[str, Any] = {"template": "dvm", "dispid": "7"} if klass == "DispVM" else {}
             name = world.add("fresh", klass, **disp).name
         text, value = ("sys-net", "sys-net") if row.type == "qube" else samples[row.type]
         if klass is None:
@@ -525,7 +526,7 @@ def test_keyboard_layout_follows_guivm_and_survives_circles() -> None:
         ("RemoteVM", {}, {}, "remotevm-red"),
     ],
 )
-def test_icon(klass: str, extra: dict[str, str], features: dict[str, str], icon: str) -> None:
+def test_icon(klass: str, extra: dict[str, Any], features: dict[str, str], icon: str) -> None:
     world = networked_world()
     assert evaluate(world.view, world.add("x", klass, features=features, **extra), "icon") == icon
 

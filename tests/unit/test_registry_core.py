@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from bulkhead.model.records import (
     ADMINVM_UUID,
     Change,
     DeviceFact,
+    Fact,
     FactPut,
     FactRemoved,
     HostFact,
@@ -49,7 +51,7 @@ U1 = "11111111-1111-4111-8111-111111111111"
 U2 = "22222222-2222-4222-8222-222222222222"
 
 
-def qube(uuid: str = U1, name: str = "work", qid: int = 2, **more: object) -> Qube:
+def qube(uuid: str = U1, name: str = "work", qid: int = 2, **more: Any) -> Qube:
     return replace(Qube(uuid, name, qid, "AppVM"), **more)
 
 
@@ -132,7 +134,8 @@ class TestBatches:
     def test_records_get_the_revision_of_their_change(self) -> None:
         view = view_of()
         plan_batch(view, [changing(SystemPut("a", "1")), changing(QubePut(qube()))], Numbers(41, 0))
-        assert view.qube("work").revision == 43
+        found = view.qube("work")
+        assert found is not None and found.revision == 43
 
     def test_only_durable_pieces_get_a_revision(self) -> None:
         view = view_of()
@@ -304,7 +307,7 @@ class TestFacts:
             QubePut(qube()), QubePut(qube(uuid=U2, name="front", qid=9)), FactPut(HostFact("sim"))
         )
         view.apply_all(before)
-        changes = [
+        changes: list[Change] = [
             FactPut(device("sdc")),
             FactRemoved(f"device/{U1}/block/sda"),
             FactPut(device("sdb", "3:4")),
@@ -346,7 +349,7 @@ class TestFacts:
         assert facts.plan_facts(view, "storage", [PoolFact("p")], [], False) == ()
 
     def test_unknown_qubes_are_dropped(self) -> None:
-        report = [PowerFact(U2, "b", 1, "running"), DeviceFact(U2, "pci", "x")]
+        report: list[Fact] = [PowerFact(U2, "b", 1, "running"), DeviceFact(U2, "pci", "x")]
         assert facts.plan_facts(view_of(), "domains", report, [], False) == ()
 
     @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ from bulkhead.bus.errors import BusError
 from bulkhead.model.plan.base import PlanRefused
 from bulkhead.model.records import (
     ADMINVM_UUID,
+    Change,
     FactPut,
     HostFact,
     Operation,
@@ -65,7 +67,7 @@ U1 = "11111111-1111-4111-8111-111111111111"
 STORE = "99999999-9999-4999-8999-999999999999"
 
 
-def qube(name: str = "work", **more: object) -> Qube:
+def qube(name: str = "work", **more: Any) -> Qube:
     return replace(Qube(U1, name, 2, "AppVM", properties={"label": "red"}), **more)
 
 
@@ -251,7 +253,7 @@ def test_deltas_are_exact_and_without_operations_and_facts() -> None:
         rules_digest="d",
         revision=7,
     )
-    changes = [
+    changes: list[Change] = [
         QubePut(full),
         QubeRemoved("u"),
         SystemPut("a", "1"),
