@@ -556,7 +556,7 @@ POWER_EVENTS = {
 class StrictClient:
     """Calls over one unix socket; replies are read as above or raised."""
 
-    def __init__(self, path: Path, *, timeout: float = 20.0) -> None:
+    def __init__(self, path: Path, *, timeout: float = 60.0) -> None:
         self.path = path
         self._timeout = timeout
         self.calls: list[str] = []

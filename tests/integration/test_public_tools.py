@@ -238,7 +238,7 @@ def test_probes(api: StrictClient) -> None:
         assert whole_number(api.call("admin.label.Index", "dom0", label)) > 0
 
 
-def test_no_answer_is_unreadable(api: StrictClient, tools: Tools) -> None:
+def test_no_answer_is_unreadable(world: World, api: StrictClient, tools: Tools) -> None:
     """Every call with words that a careless message would repeat: all are read, none formats
     into something else, and nothing is left without an answer."""
     tools.create("percent")
@@ -255,8 +255,11 @@ def test_no_answer_is_unreadable(api: StrictClient, tools: Tools) -> None:
                     raise
                 except AccessError:
                     pytest.fail(f"{row.name}+{arg} on {dest} is not answered")
+                except TimeoutError:
+                    under_way = api.call("bulkhead.op.List")
+                    pytest.fail(f"{api.calls[-2:]} waits: {under_way}\n{world.instance.logs()}")
                 except Exception as error:
-                    assert getattr(error, "wire_name", ""), error
+                    assert getattr(error, "wire_name", ""), (api.calls[-1], error)
     assert asked > 1000
     assert set(tools.ls()) >= {"dom0", "percent", "tmpl"}
 
