@@ -66,6 +66,8 @@ log = logging.getLogger("bulkhead.adminapi")
 
 # How long a call waits for the first complete view after a start.
 READY_S = 10.0
+# New event streams wait so long at most for what is known of running guests.
+FACTS_S = 10.0
 # How long calls under way may go on when the service stops.
 DRAIN_S = 5.0
 _STATS_LIMIT = 64
@@ -124,6 +126,7 @@ class AdminApi:
         self._judge: Judge | None = None
         self._gone: Mapping[str, Qube] = {}
         self._streams = Streams()
+        self._held: list[tuple[Checked, Peer]] = []
         self._watches: dict[Peer, Checked] = {}
         self._stats: dict[Peer, Checked] = {}
         self._sampler: asyncio.Task[None] | None = None
@@ -345,6 +348,8 @@ class AdminApi:
                 self._streams.publish(self._policy, view, entry.events, self._gone, entry.seq)
             except Exception:
                 log.exception("events of entry %d could not be written", entry.seq)
+        if self._held and view.host is not None:
+            self._release(*self._held)
         if self._watches:
             self._tell_watches(entry)
         self._backend.operations.on_entry(entry)
@@ -352,6 +357,29 @@ class AdminApi:
     # ---- streams of clients
 
     def _open_stream(self, request: Checked, peer: Peer) -> None:
+        of_events = request.call.handler in ("events", "events_resumable")
+        if of_events and self._backend.view.host is None:
+            self._hold_stream(request, peer)
+        else:
+            self._begin_stream(request, peer)
+
+    def _hold_stream(self, request: Checked, peer: Peer) -> None:
+        """A registry that has just started knows nothing of guests until domains reports.
+
+        Whoever subscribes reads everything then, and no event would correct it later.
+        """
+        held = (request, peer)
+        self._held.append(held)
+        peer.on_gone = lambda: self._held.remove(held) if held in self._held else None
+        asyncio.get_running_loop().call_later(FACTS_S, self._release, held)
+
+    def _release(self, *streams: tuple[Checked, Peer]) -> None:
+        for held in streams:
+            if held in self._held:
+                self._held.remove(held)
+                self._begin_stream(*held)
+
+    def _begin_stream(self, request: Checked, peer: Peer) -> None:
         try:
             match request.call.handler:
                 case "events":
@@ -510,5 +538,5 @@ class AdminApi:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         last = format_exception("QubesException", "the service stops; subscribe anew")
         self._streams.end_all(last)
-        for peer in (*self._watches, *self._stats):
+        for peer in (*self._watches, *self._stats, *(peer for _, peer in self._held)):
             peer.end(last)
