@@ -447,11 +447,12 @@ def spoil_replies(directory: Path) -> None:
 def test_a_journal_damaged_elsewhere_loses_nothing(old_store: Path, failpoint: str) -> None:
     with Registry(old_store) as registry:
         registry.call("take_epoch", registry_pb2.TakeEpochRequest())
-        spec = records_pb2.OperationSpec(start=records_pb2.StartSpec(qube="work"))
+        create = records_pb2.CreateSpec(name="fresh", klass="StandaloneVM", label="red")
+        spec = records_pb2.OperationSpec(create=create)
         assert "reply" in registry.call("begin", registry_pb2.BeginRequest(spec=spec))
         assert "reply" in registry.mutate("d8" * 16, **notes("unsaved"))
         dump = registry.dump()
-        assert '"phase":"starting"' in dump
+        assert '"state":"running"' in dump and '"name":"fresh"' in dump
         revision = registry.mutate("d9" * 16, **feature("unsaved"))["revision"]
         dump = registry.dump()
         registry.kill()

@@ -66,8 +66,15 @@ def memory(instance: Instance) -> float:
 
 def connected(path: Path) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # A socket with Python's timeout does not wait for a place in a full queue of connections.
+    limit = struct.pack("@ll", int(LIMIT_S), 0)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+    try:
+        connection.connect(str(path))
+    except OSError:
+        connection.close()
+        raise
     connection.settimeout(LIMIT_S)
-    connection.connect(str(path))
     return connection
 
 
