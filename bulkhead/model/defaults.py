@@ -133,9 +133,9 @@ def default_pool_of(view: View, volume: str) -> str:
     return value if isinstance(value, str) else ""
 
 
-def default_revisions(pool: Pool) -> int:
-    """Revisions that a new volume keeps in that pool."""
-    if pool.driver == "linux-kernel":
+def default_revisions(pool: Pool, *, lasts: bool = True) -> int:
+    """Revisions that a new volume keeps in that pool; lasts: it keeps its data at a stop."""
+    if pool.driver == "linux-kernel" or (pool.driver == "file" and not lasts):
         return 0
     text = pool.options.get("revisions_to_keep", "1")
     return int(text) if text.lstrip("-").isdigit() else 1
@@ -163,7 +163,9 @@ def new_volume(view: View, qube: Qube, spec: ClassVolume) -> Volume:
         pool=pool_name,
         vid=vid,
         size=size,
-        revisions_to_keep=default_revisions(pool) if pool is not None else 0,
+        revisions_to_keep=(
+            default_revisions(pool, lasts=spec.save_on_stop) if pool is not None else 0
+        ),
         rw=spec.rw,
         save_on_stop=spec.save_on_stop,
         snap_on_start=spec.snap_on_start,

@@ -374,6 +374,11 @@ def volumes(r: Script) -> None:
         "vol2:domain-import-volume name=private source=vm-templates/tmpl/private",
         "big:domain-import-volume name=root source=vm-templates/tmpl/root",
     )
+    # Onto itself: a commit of the same data
+    r.c("vol.ListSnapshots", "vol2", "private", want="=2\n")
+    r.c("vol.CloneFrom", "vol2", "private", want=token, save="t5")
+    r.c("vol.CloneTo", "vol2", "private", "{t5}")
+    r.c("vol.ListSnapshots", "vol2", "private", want="=3\n")
     r.forget("vol2")
     # What starts anew each time takes nothing, and says so like a copy
     for volume, source in (("root", "root"), ("volatile", "private"), ("root", "private")):
@@ -491,6 +496,22 @@ def pools(r: Script) -> None:
         "name=p2\nrevisions_to_keep=0\nsize=\\d+\nusage=\\d+\nincluded_in=varlibqubes\n",
     )
     r.c("pool.Set.revisions_to_keep", arg="p2", payload="2", want=REFUSED)
+    r.c("pool.Set.revisions_to_keep", arg="p2", payload="1")
+    # The plain file driver keeps revisions of what lasts only
+    r.c("vm.CreateInPool.TemplateVM", payload="name=plain1 label=red pool=p2")
+    r.c("vm.CreateInPool.AppVM", arg="plain1", payload="name=plain2 label=red pool=p2")
+    for name, volume, number in (
+        ("plain1", "root", 1),
+        ("plain1", "private", 1),
+        ("plain1", "volatile", 0),
+        ("plain2", "root", 0),
+        ("plain2", "private", 1),
+        ("plain2", "volatile", 0),
+    ):
+        r.c("vol.Info", name, volume, want=f"~pool=p2\n.*\nrevisions_to_keep={number}\n.*")
+    r.c("vm.Remove", "plain2")
+    r.c("vm.Remove", "plain1")
+    r.forget("all")
     r.c(add, arg="file-reflink", payload=f"name=p3\ndir_path={base}/p3\nsetup_check=False\n")
     shown = f"~dir_path={base}/p3\ndriver=file-reflink\nephemeral_volatile=False\nname=p3\n"
     r.c("pool.Info", arg="p3", want=shown + "revisions_to_keep=1\nsize=.*")
@@ -506,6 +527,10 @@ def pools(r: Script) -> None:
         r.c("pool.Set.revisions_to_keep", arg="p1", payload=bad, want="ProtocolError")
     r.c("pool.Set.revisions_to_keep", arg="nosuch", payload="1", want="PermissionDenied")
     r.c("pool.Set.revisions_to_keep", arg="linux-kernel", payload="1", want=REFUSED)
+    for word in ("True", "0"):
+        r.c("pool.Set.ephemeral_volatile", arg="linux-kernel", payload=word)
+    kernels = f"=dir_path={base}/vm-kernels\ndriver=linux-kernel\nname=linux-kernel\n"
+    r.c("pool.Info", arg="linux-kernel", want=kernels + "included_in=varlibqubes\n")
     r.c("pool.Set.revisions_to_keep", "tmpl", "p1", "1", want="ProtocolError")
     for word in ("True", "0", "yes", "off"):
         r.c("pool.Set.ephemeral_volatile", arg="p1", payload=word)

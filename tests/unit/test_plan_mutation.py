@@ -624,6 +624,11 @@ def test_pool_settings(w: World) -> None:
     w.do(SetPool("varlibqubes", ephemeral_volatile=True))
     options = w.view.pools["varlibqubes"].options
     assert (options["revisions_to_keep"], options["ephemeral_volatile"]) == ("4", "True")
+    # Nothing in a pool of kernels is volatile, so either word is true of it already.
+    kernels = w.view.pools["linux-kernel"]
+    w.do(SetPool("linux-kernel", ephemeral_volatile=True))
+    w.do(SetPool("linux-kernel", ephemeral_volatile=False))
+    assert w.view.pools["linux-kernel"] == kernels
     for command, reason in (
         (SetPool("nosuch", revisions_to_keep=1), "POOL_NOT_FOUND"),
         (SetPool("linux-kernel", revisions_to_keep=1), "VOLUME_REFUSED"),

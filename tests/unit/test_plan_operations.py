@@ -198,6 +198,13 @@ def test_pool_choices(w: World) -> None:
     ]
     w.create("one", pools={"private": "fast"})
     assert [v.pool for v in w.qube("one").volumes][1:3] == ["fast", "varlibqubes"]
+    # The plain file driver keeps revisions of what lasts only.
+    w.run(PoolAddSpec(Pool("plain", "file", {"dir_path": "/plain"})))
+    w.create("two", pool="plain", pools={})
+    assert [(v.pool, v.revisions_to_keep) for v in w.qube("two").volumes][1:3] == [
+        ("plain", 1),
+        ("plain", 0),
+    ]
     for more, reason in (
         ({"pool": "nosuch"}, "POOL_NOT_FOUND"),
         ({"pool": "linux-kernel"}, "VOLUME_CREATE_REFUSED"),
@@ -893,6 +900,24 @@ def test_clone_of_a_volume_that_starts_anew_takes_its_templates(w: World) -> Non
     assert operation.data["source_vid"] == "vm-templates/tmpl/root"
 
 
+def test_clone_of_a_volume_onto_itself_is_a_commit_like_another(w: World) -> None:
+    w.run(ResizeSpec("work", "private", 7 * 2**30))
+    operation = w.begin(CloneVolumeSpec("work", "private", "work", "private")).operation
+    assert operation.subjects == (w.qube("work").uuid,)
+    assert names(w.end(operation).events) == ["work:domain-import-volume"]
+    volume = w.qube("work").volume("private")
+    assert volume is not None
+    assert volume.size == 7 * 2**30
+
+
+@pytest.mark.parametrize("target", ["private", "volatile", "root"])
+def test_a_volume_that_changes_without_snapshots_is_not_copied(w: World, target: str) -> None:
+    w.do(SetVolume("work", "private", revisions_to_keep=-1))
+    w.start("work")
+    # Also where the copy would take nothing: what it says it copied is not there.
+    no_change(w, CloneVolumeSpec("work", "private", "vault", target), "VOLUME_REFUSED")
+
+
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
@@ -907,7 +932,6 @@ def test_clone_of_a_volume_that_starts_anew_takes_its_templates(w: World) -> Non
         (ImportSpec("work", "root"), "VOLUME_REFUSED"),
         (CloneVolumeSpec("work", "private", "vault", "private"), "QUBE_NOT_HALTED"),
         (CloneVolumeSpec("work", "volatile", "dvm", "private"), "VOLUME_REFUSED"),
-        (CloneVolumeSpec("work", "private", "work", "private"), "VOLUME_REFUSED"),
         (CloneVolumeSpec("nosuch", "private", "work", "private"), "QUBE_NOT_FOUND"),
         (ResizeSpec("dom0", "root", 5), "VOLUME_NOT_FOUND"),
     ],

@@ -190,6 +190,7 @@ def begin_clone_volume(
     volume = need_volume(qube, spec.volume)
     source = need_qube(view, spec.source_qube)
     original = need_volume(source, spec.source_volume)
+    _committed(source, original)
     kernel = is_kernel_volume(view, volume)
     if kernel == is_kernel_volume(view, original) and (kernel or not volume.save_on_stop):
         return replace(
@@ -201,10 +202,7 @@ def begin_clone_volume(
     source, original = kept_by(view, source, original)
     if is_kernel_volume(view, original) or not original.save_on_stop:
         raise _refused(source, original, "keeps no data of its own, so it cannot be copied")
-    if original.snapshots_disabled and source.run.phase is not Phase.HALTED:
-        raise _refused(source, original, "is changed without snapshots; shut the qube down first")
-    if (source.uuid, original.name) == (qube.uuid, volume.name):
-        raise _refused(qube, volume, "cannot be a copy of itself")
+    _committed(source, original)
     return replace(
         operation,
         data={
@@ -214,6 +212,12 @@ def begin_clone_volume(
             SOURCE_QUBE: source.name,
         },
     )
+
+
+def _committed(qube: Qube, volume: Volume) -> None:
+    """Refusal VOLUME_REFUSED where the volume has no committed state to copy."""
+    if volume.snapshots_disabled and qube.run.phase is not Phase.HALTED:
+        raise _refused(qube, volume, "is changed without snapshots; shut the qube down first")
 
 
 def kept_by(view: View, qube: Qube, volume: Volume) -> tuple[Qube, Volume]:

@@ -118,7 +118,7 @@ def _new_volume(
         pool=record.name,
         vid=kernel_vid(view, qube) if kernel else new_vid(record, qube.klass, qube.name, spec.name),
         size=source.size if source is not None else sizes.get(spec.name, spec.size),
-        revisions_to_keep=default_revisions(record),
+        revisions_to_keep=default_revisions(record, lasts=spec.save_on_stop),
         rw=rw,
         save_on_stop=spec.save_on_stop,
         snap_on_start=spec.snap_on_start,
@@ -320,8 +320,10 @@ def set_pool(draft: Draft, command: SetPool) -> None:
     if sum(value is not None for value in given) != 1:
         raise Refusal("PROTOCOL", "Exactly one setting of a pool can be changed at a time")
     if pool.driver == KERNEL_DRIVER:
+        if command.ephemeral_volatile is not None:
+            return  # nothing in such a pool is volatile: either word is true of it already
         raise Refusal(
-            "VOLUME_REFUSED", f"Pool {pool.name} holds kernels and has no settings", pool=pool.name
+            "VOLUME_REFUSED", f"Pool {pool.name} holds kernels without revisions", pool=pool.name
         )
     options = dict(pool.options)
     number = command.revisions_to_keep
