@@ -195,6 +195,16 @@ def is_halted(view: View, qube: Qube) -> bool:
     return qube.klass not in (ADMIN, REMOTE) and qube.run.phase is Phase.HALTED
 
 
+def is_leftover(view: View, qube: Qube) -> bool:
+    """True for an unnamed disposable that is halted and that no operation holds."""
+    return (
+        qube.klass == DISP
+        and qube.run.phase is Phase.HALTED
+        and bool(evaluate(view, qube, "auto_cleanup"))
+        and not any(True for _ in view.operations_on(qube.uuid))
+    )
+
+
 def is_running(view: View, qube: Qube) -> bool:
     """True when the qube can serve others now: started and not stopping."""
     del view

@@ -71,16 +71,21 @@ def _stuck(operation: Operation) -> bool:
 
 
 class OperationWaits:
-    """Who waits for which operation; fed by the stream."""
+    """Who waits for which operation, or for the view to be such; fed by the stream."""
 
     def __init__(self, replica: ReplicaRunner) -> None:
         self._replica = replica
         self._waits: dict[
             str, list[tuple[Callable[[Operation], bool], asyncio.Future[Operation]]]
         ] = {}
+        self._looking: list[asyncio.Future[None]] = []
 
     def on_entry(self, entry: Entry) -> None:
         """Look at an entry that the view holds already."""
+        looking, self._looking = self._looking, []
+        for looker in looking:
+            if not looker.done():
+                looker.set_result(None)
         if not self._waits:
             return
         if entry.resync:
@@ -129,6 +134,18 @@ class OperationWaits:
             return await future
         finally:
             self._forget(operation_id, wait)
+
+    async def until(self, condition: Callable[[View], bool], timeout: float) -> bool:
+        """Wait until the view fulfils the condition; False where it has not after timeout s."""
+        try:
+            async with asyncio.timeout(timeout):
+                while not condition(self._replica.view):
+                    looker: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                    self._looking.append(looker)
+                    await looker
+        except TimeoutError:
+            return condition(self._replica.view)
+        return True
 
     def _forget(
         self,

@@ -18,7 +18,7 @@ from bulkhead.bus.errors import BusError
 from bulkhead.bus.events import Entry, ReplicaRunner
 from bulkhead.extensions import Extension
 from bulkhead.model import specs
-from bulkhead.model.evaluate import evaluate
+from bulkhead.model.evaluate import evaluate, is_leftover
 from bulkhead.model.records import (
     ADMINVM_NAME,
     Operation,
@@ -29,6 +29,7 @@ from bulkhead.model.records import (
     QubeRemoved,
 )
 from bulkhead.model.refusal import Refusal
+from bulkhead.model.view import View
 from services.adminapi.actions import Actions
 from services.adminapi.adapters.gateway import Peer
 from services.adminapi.audit_exporter import AuditExporter, begin_call, has_row
@@ -68,6 +69,8 @@ log = logging.getLogger("bulkhead.adminapi")
 READY_S = 10.0
 # New event streams wait so long at most for what is known of running guests.
 FACTS_S = 10.0
+# How long the removal of a disposable that was refused its start is waited for.
+LEFTOVER_S = 2.0
 # How long calls under way may go on when the service stops.
 DRAIN_S = 5.0
 _STATS_LIMIT = 64
@@ -324,8 +327,22 @@ class AdminApi:
         if isinstance(wanted, specs.Command):
             await self._backend.mutate(wanted, request.source.name)
         else:
-            await self._backend.operate(wanted, request.source.name)
+            try:
+                await self._backend.operate(wanted, request.source.name)
+            except (Refusal, WireRefusal, OperationFailed, BusError):
+                if isinstance(wanted, specs.StartSpec):
+                    await self._leftover_gone(request.dest.uuid)
+                raise
         return ""
+
+    async def _leftover_gone(self, identity: str) -> None:
+        """Who is told that a disposable did not start finds it gone, as after its end."""
+
+        def gone(view: View) -> bool:
+            qube = view.by_uuid(identity)
+            return qube is None or not is_leftover(view, qube)
+
+        await self._backend.operations.until(gone, LEFTOVER_S)
 
     def _unexpected(self, what: str) -> bytes:
         self.counters["errors"] += 1

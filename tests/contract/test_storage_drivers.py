@@ -681,6 +681,19 @@ def test_replace_makes_the_old_state_a_revision(pool: Pool1) -> None:
     assert pool.committed(volume, 4096) == A
 
 
+@pytest.mark.parametrize("keep", [0, 1, -1])
+def test_replace_by_its_own_state_keeps_the_data(pool: Pool1, keep: int) -> None:
+    volume = origin(revisions_to_keep=keep, size=8 * MIB)
+    pool.driver.ensure(OWNER, volume)
+    pool.cycle(volume, A)
+    for _ in range(2):  # again: the same operation, after a crash
+        with pool.driver.committed(volume) as state:
+            pool.driver.replace(OWNER, volume, state, "op-1", Cancel())
+    assert pool.committed(volume, 4096) == A
+    assert pool.driver.describe(volume, None).size == 8 * MIB
+    assert pool.revisions(volume) == {0: [], 1: ["2"], -1: ["1"]}[keep]
+
+
 def test_cancelled_or_failing_copy_keeps_the_target(pool: Pool1) -> None:
     volume, other = origin(), origin(qube="other")
     for v in (volume, other):

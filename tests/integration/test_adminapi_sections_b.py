@@ -1121,9 +1121,9 @@ def disposables(r: Script) -> None:
     r.c("feat.Set", "{d4}", "prohibit-start", "1")
     r.forget("all")
     r.c("vm.Start", "{d4}", want="QubesException")
+    r.c("vm.List", "{d4}", want="QubesVMNotFoundError")
     ends = [":domain-pre-delete vm={d4}", ":domain-delete vm={d4}"]
     r.events("all", "{d4}:domain-start-failed reason=*", *ends, until=":domain-delete")
-    r.c("vm.List", "{d4}", want="QubesVMNotFoundError")
     # Named
     r.forget("all")
     r.c("vm.Create.DispVM", arg="dvm", payload="name=named label=blue")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from bulkhead.model.evaluate import evaluate
-from bulkhead.model.records import Phase, Qube, WireEvent
+from bulkhead.model.evaluate import evaluate, is_leftover
+from bulkhead.model.records import Qube, WireEvent
 from bulkhead.model.refusal import Refusal
 from bulkhead.model.view import View
 from services.dispvm.core.preload import IN_PROGRESS
@@ -40,7 +40,7 @@ def disposable_template(view: View, name: str) -> Qube:
 def stale_after_boot(view: View) -> Iterator[Qube]:
     """Unnamed disposables that the host's last boot left behind: halted, held by nothing."""
     for qube in view.qubes():
-        if _stale(view, qube):
+        if is_leftover(view, qube):
             yield qube
 
 
@@ -50,14 +50,5 @@ def refused_to_start(view: View, events: Iterable[WireEvent]) -> Iterator[Qube]:
     for event in events:
         if event.name == "domain-start-failed":
             qube = view.qube(event.subject)
-            if qube is not None and IN_PROGRESS not in qube.features and _stale(view, qube):
+            if qube is not None and IN_PROGRESS not in qube.features and is_leftover(view, qube):
                 yield qube
-
-
-def _stale(view: View, qube: Qube) -> bool:
-    return (
-        qube.klass == "DispVM"
-        and bool(evaluate(view, qube, "auto_cleanup"))
-        and qube.run.phase is Phase.HALTED
-        and not any(True for _ in view.operations_on(qube.uuid))
-    )
