@@ -164,7 +164,8 @@ def _values(view: View, qube: Qube) -> Iterator[Violation]:
         yield Violation("required property", qube.name, "label")
     if qube.klass == "DispVM" and "dispid" not in qube.properties:
         yield Violation("required property", qube.name, "dispid")
-    netvm = netvm_of(view, qube)
+    # The system's default may be any qube; who names one itself was refused what gives none.
+    netvm = view.qube(qube.properties.get("netvm") or "")
     if netvm is not None and not netvm.hidden and not provides_network(netvm):
         yield Violation("netvm provides a network", qube.name, netvm.name)
     template = qube.properties.get("template")

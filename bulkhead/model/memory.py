@@ -12,6 +12,9 @@ from bulkhead.model.records import Qube
 from bulkhead.model.view import View
 
 MIB = 1024 * 1024
+# A number of MiB or of processors counts as this at most, however large the property is: all
+# that is made of them fits 64 bits of bytes, and no host has so much.
+MOST = 2**40
 _FIXED = 4 * MIB
 _PER_VCPU = 3 * MIB // 2
 _HOTPLUG_PER_MIB = 8192
@@ -23,7 +26,7 @@ _OWN_KERNELS = {"pvh": "pvgrub2-pvh", "pv": "pvgrub2"}
 
 def _integer(view: View, qube: Qube, name: str) -> int:
     value = evaluate(view, qube, name)
-    return value if isinstance(value, int) else 0
+    return min(value, MOST) if isinstance(value, int) else 0
 
 
 def _mode(view: View, qube: Qube) -> str:

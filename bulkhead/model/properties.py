@@ -27,8 +27,6 @@ TEMPLATE_BASED = frozenset({APP, DISP})
 DISPOSABLE_TEMPLATES = frozenset({APP, STANDALONE})  # may have template_for_dispvms
 _ALL = frozenset(CLASSES)
 
-INT_LIMIT = 2**40  # largest absolute int: so many MiB still fit 64 bits of bytes
-
 
 # ---- default rules; evaluate turns each into a function of (view, qube)
 
@@ -87,7 +85,8 @@ class PropertyRow:
     reads_facts   facts its value depends on: host kernel power device
     checks_facts  facts its setter depends on
     reference   what a named qube must be: LocalVM, TemplateVM, "netvm" (provides a
-                network), "disposable-template"; "" = not a reference
+                network), "default-netvm" (no loop), "disposable-template"; "" = not a
+                reference
     none_allowed  a reference may be set to no qube
     resettable  False: Reset refuses
     propagates  setting it on a template signals property-reset on qubes based on it
@@ -374,12 +373,12 @@ _QUBE_ROWS: tuple[PropertyRow, ...] = (
         "IPv6 address of the qube; by default only where the feature ipv6 is on.",
     ),
     _computed("visible_ip", QUBES_VM, "str", "IPv4 address that the qube itself sees."),
-    _computed("visible_ip6", QUBES_VM, "ipv6", "IPv6 address that the qube itself sees."),
+    _computed("visible_ip6", QUBES_VM, "str", "IPv6 address that the qube itself sees."),
     _computed("visible_gateway", QUBES_VM, "str", "IPv4 gateway that the qube itself sees."),
-    _computed("visible_gateway6", QUBES_VM, "ipv6", "IPv6 gateway that the qube itself sees."),
+    _computed("visible_gateway6", QUBES_VM, "str", "IPv6 gateway that the qube itself sees."),
     _computed("visible_netmask", QUBES_VM, "str", "Network mask that the qube itself sees."),
     _computed("gateway", QUBES_VM, "str", "IPv4 gateway that the qube is for its clients."),
-    _computed("gateway6", QUBES_VM, "ipv6", "IPv6 gateway that the qube is for its clients."),
+    _computed("gateway6", QUBES_VM, "str", "IPv6 gateway that the qube is for its clients."),
     _computed("dns", QUBES_VM, "list", "Addresses of the name servers that the qube uses."),
     # ---- devices and input
     _row(
@@ -445,7 +444,7 @@ _SYSTEM: tuple[PropertyRow, ...] = (
     _system(
         "default_netvm", "qube", Constant(None),
         "Network qube of qubes that have chosen none.",
-        live=True, reference="netvm",
+        live=True, reference="default-netvm",
     ),
     _system(
         "default_template", "qube", Nothing(),
@@ -462,6 +461,7 @@ _SYSTEM: tuple[PropertyRow, ...] = (
     _system(
         "default_kernel", "str", Nothing(),
         "Installed kernel of qubes that have chosen none.", checks_facts=_KERNEL,
+        resettable=False,
     ),
     _system(
         "default_dispvm", "qube", Constant(None),

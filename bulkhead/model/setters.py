@@ -27,7 +27,7 @@ from bulkhead.model.evaluate import (
 from bulkhead.model.features import netvm_name
 from bulkhead.model.grammar import shown
 from bulkhead.model.memory import hotplug_usable
-from bulkhead.model.properties import INT_LIMIT, REMOTE, TEMPLATE, PropertyRow, has_property
+from bulkhead.model.properties import REMOTE, TEMPLATE, PropertyRow, has_property
 from bulkhead.model.records import OperationState, Phase, Qube
 from bulkhead.model.refusal import Refusal
 from bulkhead.model.view import View
@@ -63,6 +63,8 @@ def parse_property(
     if row.write_once:
         raise _write_once(qube, row)
     text = _check(view, qube, row, text)
+    if "\x0b" in text or "\x0c" in text:
+        raise _invalid(qube, row, text, "vertical tabs and form feeds cannot be stored")
     if row.name in _KERNELS and text and not view.storage_reported:
         # Before anything is announced: the same call comes again and finds it known.
         raise Refusal(
@@ -144,8 +146,6 @@ def _parse_text(view: View, qube: Holder, row: PropertyRow, untrusted_value: str
     del view
     if not grammar.python_printable(untrusted_value):
         raise _invalid(qube, row, untrusted_value, "unprintable characters")
-    if "\x0b" in untrusted_value or "\x0c" in untrusted_value:
-        raise _invalid(qube, row, untrusted_value, "vertical tabs and form feeds cannot be stored")
     return untrusted_value
 
 
@@ -155,8 +155,6 @@ def _parse_int(view: View, qube: Holder, row: PropertyRow, untrusted_value: str)
         number = int(untrusted_value)
     except ValueError:
         raise _invalid(qube, row, untrusted_value, "it must be a number") from None
-    if abs(number) > INT_LIMIT:
-        raise _refused(qube, row, untrusted_value, "the number is too large")
     return str(number)
 
 
@@ -262,30 +260,38 @@ def _check_reference(view: View, qube: Holder, row: PropertyRow, text: str, loop
             else:
                 problem = f"'{text}' has template_for_dispvms set to False"
             raise _refused(qube, row, text, problem)
+    elif row.reference == "default-netvm":
+        if loops:
+            _check_default_loop(view, row, target)
     elif row.reference == "netvm":
         if not provides_network(target):
             raise Refusal(
-                "INVALID_VALUE" if qube is not None else "INVALID_PROPERTY_VALUE",
+                "INVALID_VALUE",
                 f"The {text} qube does not provide network",
                 property=row.name,
                 value=text,
                 qube=_name(qube),
             )
-        if loops:
+        if loops and qube is not None:
             _check_loop(view, qube, row, text)
     return text
 
 
-def _check_loop(view: View, qube: Holder, row: PropertyRow, text: str) -> None:
+def _check_default_loop(view: View, row: PropertyRow, target: Qube) -> None:
+    """Every qube whose netvm is the default would get the target, which must not come to such
+    a qube on its own way out."""
+    for hop in (target, *_explicit_chain(view, target)):
+        if (
+            "netvm" not in hop.properties
+            and hop.klass != TEMPLATE
+            and has_property(hop.klass, "netvm")
+        ):
+            raise _refused(None, row, target.name, f"Network loop on '{hop.name}'")
+
+
+def _check_loop(view: View, qube: Qube, row: PropertyRow, text: str) -> None:
     target = view.qube(text)
     if target is None:
-        return
-    if qube is None:
-        # Every qube whose netvm is the default would get this one; the new default must
-        # not come to such a qube on its own way out.
-        for hop in (target, *_explicit_chain(view, target)):
-            if "netvm" not in hop.properties and hop.klass != TEMPLATE:
-                raise _refused(None, row, text, f"Network loop on '{hop.name}'")
         return
     if target.uuid == qube.uuid or any(hop.uuid == qube.uuid for hop in netvm_chain(view, target)):
         raise Refusal(
@@ -398,9 +404,6 @@ _SETTERS: Mapping[str, _Setter] = {
 }
 _SYSTEM_SETTERS: Mapping[str, _Setter] = {
     "default_kernel": _kernel,
-    "default_qrexec_timeout": _positive,
-    "default_shutdown_timeout": _positive,
-    "stats_interval": _positive,
 }
 
 

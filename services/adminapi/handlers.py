@@ -507,8 +507,7 @@ class AdminApi:
                     peer.end(refuse("QUBE_NOT_RUNNING", f"{qube.name} is not running any more"))
             running = {q.uuid: q for q in view.qubes() if self._measurable(q)}
             before = await self._sample_once(running, before)
-            interval = evaluate(view, None, "stats_interval")
-            await asyncio.sleep(interval if isinstance(interval, int) and interval > 0 else 3)
+            await asyncio.sleep(stats.pause_s(evaluate(view, None, "stats_interval")))
 
     async def _sample_once(
         self, running: dict[str, Qube], before: dict[str, stats.Sample]

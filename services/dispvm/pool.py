@@ -664,4 +664,4 @@ def _gone(item: Item) -> BusError:
 def _patience(view: View, qube: Qube) -> int:
     """qrexec_timeout in seconds, as far as a call of the bus may take."""
     value = evaluate(view, qube, "qrexec_timeout")
-    return min(value, 110) if isinstance(value, int) and value > 0 else 60
+    return max(1, min(value, 110)) if isinstance(value, int) else 60

@@ -1,23 +1,49 @@
 """A running instance in the state that the recordings start from.
 
-Owns the start state. Must not know what is tested. Invariant: one kernel, one template,
-the file system below can share extents.
+Owns the start state and how events are read. Must not know what is tested. Invariant:
+one kernel, one template, the file system below can share extents.
 """
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from bulkhead.config import Settings
-from clients.admin import AdminClient
+from clients.admin import AdminClient, wire
 from clients.cli.instance import kernels
 from tests.fakes import loopfs
 from tests.instance import Instance, running
 
 KERNEL = "6.12.1-lab"
 MIB = 1 << 20
+
+
+class Listener:
+    """Events of one stream, collected until a name has come."""
+
+    def __init__(self, client: AdminClient, dest: str = "dom0") -> None:
+        self._peer = socket.socket(socket.AF_UNIX)
+        self._peer.settimeout(20)
+        self._peer.connect(str(client.path))
+        self._peer.sendall(wire.request("admin.Events", dest, source=client.source))
+        self._peer.shutdown(socket.SHUT_WR)
+        self._parser = wire.EventParser()
+        assert self.until("connection-established")[-1].name == "connection-established"
+
+    def until(self, name: str, subject: str | None = None) -> list[wire.Event]:
+        """Events up to and with the first of that name."""
+        found: list[wire.Event] = []
+        while True:
+            for event in self._parser.feed(self._peer.recv(65536)):
+                found.append(event)
+            if any(e.name == name and subject in (None, e.subject) for e in found):
+                return found
+
+    def close(self) -> None:
+        self._peer.close()
 
 
 def add_kernel(instance: Instance) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from clients.admin import AdminClient, exceptions, wire
 from tests.instance import Instance
-from tests.integration.adminapi_world import MIB, started
+from tests.integration.adminapi_world import MIB, Listener, started
 
 pytestmark = pytest.mark.integration
 
@@ -32,31 +32,6 @@ def world() -> Iterator[World]:
 @pytest.fixture
 def client(world: World) -> AdminClient:
     return world[1]
-
-
-class Listener:
-    """Events of one stream, collected in a thread until a name has come."""
-
-    def __init__(self, client: AdminClient, dest: str = "dom0") -> None:
-        self._peer = socket.socket(socket.AF_UNIX)
-        self._peer.settimeout(20)
-        self._peer.connect(str(client.path))
-        self._peer.sendall(wire.request("admin.Events", dest, source=client.source))
-        self._peer.shutdown(socket.SHUT_WR)
-        self._parser = wire.EventParser()
-        assert self.until("connection-established")[-1].name == "connection-established"
-
-    def until(self, name: str, subject: str | None = None) -> list[wire.Event]:
-        """Events up to and with the first of that name."""
-        found: list[wire.Event] = []
-        while True:
-            for event in self._parser.feed(self._peer.recv(65536)):
-                found.append(event)
-            if any(e.name == name and subject in (None, e.subject) for e in found):
-                return found
-
-    def close(self) -> None:
-        self._peer.close()
 
 
 @pytest.fixture

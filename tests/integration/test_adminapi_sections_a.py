@@ -11,8 +11,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from clients.admin import exceptions, wire
 from tests.instance import exchange, parse
-from tests.integration.adminapi_world import started
+from tests.integration.adminapi_world import Listener, started
 
 Want = str | tuple[str, str | None] | None
 Row = tuple[str, str, str, str, Want]
@@ -46,6 +47,13 @@ def rows() -> Iterator[Row]:
         ("work", "memory", " 12 ", ok()),
         ("work", "memory", "1_000", ok()),
         ("work", "memory", "", V),
+        ("work", "memory", "0x10", V),
+        ("work", "memory", "5.0", V),
+        ("work", "memory", "9" * 25, ok()),
+        ("work", "memory", "9" * 5000, V),
+        ("work", "memory", "+5", ok()),
+        ("work", "stubdom_mem", "9" * 25, ok()),
+        ("work", "backup_timestamp", "-1", ok()),
         ("work", "maxmem", "0", ok()),
         ("work", "maxmem", "-1", P),
         ("work", "vcpus", "0", P),
@@ -55,7 +63,11 @@ def rows() -> Iterator[Row]:
         ("work", "debug", "2", V),
         ("work", "debug", "off", ok()),
         ("work", "label", "2", ok()),
+        ("work", "label", " +3 ", ok()),
         ("work", "label", "label-3", ok()),
+        ("work", "label", "", "QubesLabelNotFoundError"),
+        ("work", "label", "label-x", "QubesLabelNotFoundError"),
+        ("work", "label", "r\xe9d", V),
         ("work", "label", "nolabel", "QubesLabelNotFoundError"),
         ("work", "label", "99", "QubesLabelNotFoundError"),
         ("work", "netvm", "net", V),
@@ -89,6 +101,12 @@ def rows() -> Iterator[Row]:
         ("work", "klass", "x", P),
         ("work", "icon", "x", P),
         ("work", "xid", "1", P),
+        ("work", "xid", "x", V),
+        ("work", "visible_ip6", "x", P),
+        ("work", "gateway6", "1.2.3.4", P),
+        ("work", "dns", "x", P),
+        ("work", "updateable", "x", V),
+        ("work", "uuid", "x", V),
         ("work", "nosuch", "x", "QubesNoSuchPropertyError"),
         ("work", "ip", "10.1.2.3", ok()),
         ("work", "ip", "abc", V),
@@ -98,6 +116,9 @@ def rows() -> Iterator[Row]:
         ("work", "mac", "zz", None),
         ("work", "virt_mode", "PV", ok()),
         ("work", "virt_mode", "foo", P + "|" + V),
+        ("work", "virt_mode", "a\x0b", P),
+        ("work", "kernelopts", "a\x0b", None),
+        ("work", "kernelopts", "a\x00", V),
         ("work", "guivm", "net", ok()),
         ("work", "audiovm", "", ok()),
         ("work", "default_user", "a b", P + "|" + V),
@@ -151,13 +172,23 @@ def rows() -> Iterator[Row]:
         ("default_netvm", "", ok()),
         ("default_dispvm", "work", P),
         ("default_dispvm", "dvm", ok()),
+        ("default_netvm", "dom0", ok()),
+        ("default_netvm", "tmpl", ok()),
+        ("default_netvm", "", ok()),
         ("default_kernel", "nosuch", P),
+        ("default_kernel", "a/b", P),
+        ("default_kernel", "", ok()),
+        ("default_kernel", "6.12.1-lab", ok()),
         ("default_template", "work", P),
         ("default_template", "", ok()),
         ("default_template", "tmpl", ok()),
         ("default_pool", "nosuch", P),
         ("default_pool", "varlibqubes", ok()),
-        ("default_qrexec_timeout", "0", P),
+        ("default_pool", "", P),
+        ("default_qrexec_timeout", "0", ok()),
+        ("default_qrexec_timeout", "-1", ok()),
+        ("default_shutdown_timeout", "9" * 25, ok()),
+        ("stats_interval", "0", ok()),
         ("default_qrexec_timeout", "61", ok()),
         ("stats_interval", "5", ok()),
         ("stats_interval", "x", V),
@@ -175,6 +206,9 @@ def rows() -> Iterator[Row]:
         ("nosuch", "QubesNoSuchPropertyError"),
         ("default_guivm", ok()),
         ("stats_interval", ok()),
+        ("default_shutdown_timeout", ok()),
+        ("default_kernel", None),
+        ("maxmem", ok()),
     ]
     for p, e in table4:
         yield (AR, "dom0", p, "", e)
@@ -324,3 +358,126 @@ def test_every_row() -> None:
             if not good:
                 wrong.append(f"{method}+{argument} {qube} {payload[:40]!r}: {want} -> {reply}")
     assert not wrong, "\n".join(wrong)
+
+
+# One call each, and the events that it makes: subject, name, old and new value. "-" is the
+# system; a key that is not there is not written.
+SETS: list[tuple[str, str, str, str | None, list[str]]] = [
+    ("", "work", "memory", " 0500 ", ["work pre-set:memory 400>500", "work set:memory 400>500"]),
+    ("", "work", "memory", "500", ["work pre-set:memory 500>500", "work set:memory 500>500"]),
+    ("", "work", "memory", None, [
+        "work pre-reset:memory 500>", "work pre-del:memory 500>",
+        "work reset:memory 500>", "work del:memory 500>",
+    ]),
+    ("", "work", "stubdom_mem", "64", [
+        "work pre-set:stubdom_mem None>64", "work set:stubdom_mem None>64",
+    ]),
+    ("", "work", "label", "2", [
+        "work pre-set:label red>orange", "work reset:icon", "work set:label red>orange",
+    ]),
+    ("QubesValueError", "work", "template", None, ["work pre-reset:template tmpl>"]),
+    ("QubesPropertyValueError", "work", "kernel", "no", ["work pre-set:kernel 6.12.1-lab>no"]),
+    ("QubesPropertyValueError", "work", "kernel", "a/b", []),
+    ("QubesPropertyValueError", "work", "memory", "0", []),
+    # A template's own users are told of a Set, and of nothing else.
+    ("", "tmpl", "vcpus", "3", [
+        "tmpl pre-set:vcpus 2>3", "dvm reset:vcpus", "net reset:vcpus", "work reset:vcpus",
+        "tmpl set:vcpus 2>3",
+    ]),
+    ("", "tmpl", "vcpus", None, [
+        "tmpl pre-reset:vcpus 3>", "tmpl pre-del:vcpus 3>", "tmpl reset:vcpus 3>", "tmpl del:vcpus 3>",
+    ]),
+    ("", "dvm", "vcpus", "1", ["dvm pre-set:vcpus 2>1", "dvm set:vcpus 2>1"]),
+    # Addresses of a netvm.
+    ("", "net", "ip6", "FD00::1", [
+        "net pre-set:ip6 None>fd00::1", "net reset:gateway6", "net reset:visible_ip6",
+        "net set:ip6 None>fd00::1",
+    ]),
+    ("", "net", "ip6", None, [
+        "net pre-reset:ip6 fd00::1>", "net pre-del:ip6 fd00::1>", "net reset:ip6 fd00::1>",
+        "net del:ip6 fd00::1>",
+    ]),
+    # The system.
+    ("", "", "clockvm", "net", [
+        "- pre-set:clockvm None>net", "net domain-feature-pre-set:service.clocksync",
+        "net domain-feature-set:service.clocksync", "- set:clockvm None>net",
+    ]),
+    ("", "", "clockvm", None, [
+        "- pre-reset:clockvm net>", "- pre-del:clockvm net>", "- reset:clockvm net>",
+        "- del:clockvm net>",
+    ]),
+    # net uses the default itself.
+    ("QubesPropertyValueError", "", "default_netvm", "net", []),
+    ("", "net", "netvm", "", ["net pre-set:netvm None>None", "net set:netvm None>None"]),
+    ("", "", "default_netvm", "net", [
+        "- pre-set:default_netvm None>net",
+        *(f"{name} pre-set:netvm None>net" for name in ("d1", "dvm", "work")),
+        *(f"{name} {what}" for name in ("d1", "dvm", "work")
+          for what in ("set:netvm None>net", "reset:netvm")),
+        "- set:default_netvm None>net",
+    ]),
+    ("", "", "default_netvm", "net", [
+        "- pre-set:default_netvm net>net",
+        *(f"{name} pre-set:netvm net>net" for name in ("d1", "dvm", "work")),
+        *(f"{name} reset:netvm" for name in ("d1", "dvm", "work")),
+        "- set:default_netvm net>net",
+    ]),
+    ("", "", "default_netvm", None, [
+        "- pre-reset:default_netvm net>", "- pre-del:default_netvm net>",
+        "- reset:default_netvm net>", "- del:default_netvm net>",
+    ]),
+    ("", "", "default_template", None, [
+        "- pre-reset:default_template tmpl>", "- pre-del:default_template tmpl>",
+        "- reset:default_template tmpl>", "- del:default_template tmpl>",
+    ]),
+    ("", "", "default_template", "tmpl", [
+        "- pre-set:default_template >tmpl", "- set:default_template >tmpl",
+    ]),
+    ("QubesValueError", "", "default_kernel", None, []),
+    ("", "", "stats_interval", "-1", [
+        "- pre-set:stats_interval 3>-1", "- set:stats_interval 3>-1",
+    ]),
+]  # fmt: skip
+
+
+def _told(event: wire.Event) -> str:
+    pairs = event.values
+    text = f"{event.subject or '-'} {event.name.removeprefix('property-')}"
+    if "oldvalue" in pairs or "newvalue" in pairs:
+        text += f" {pairs.get('oldvalue', '')}>{pairs.get('newvalue', '')}"
+    return text
+
+
+@pytest.mark.integration
+def test_what_property_changes_tell() -> None:
+    with started() as (_, client, _):
+        for name in ("work", "net", "dvm"):
+            payload = f"name={name} label=red".encode()
+            client.call("admin.vm.Create.AppVM", arg="tmpl", payload=payload)
+        client.set("net", "provides_network", "True")
+        client.set("dvm", "template_for_dispvms", "True")
+        client.call("admin.vm.Create.DispVM", arg="dvm", payload=b"name=d1 label=red")
+        everything, one = Listener(client), Listener(client, "work")
+        wanted: list[str] = []
+        told: list[wire.Event] = []
+        own: list[wire.Event] = []
+        for number, (refusal, qube, name, value, events) in enumerate(SETS):
+            scope = "vm.property" if qube else "property"
+            method = f"admin.{scope}.{'Reset' if value is None else 'Set'}"
+            try:
+                client.call(method, qube or "dom0", name, (value or "").encode())
+                raised = ""
+            except exceptions.QubesException as error:
+                raised = type(error).__name__
+            assert raised == refusal, (qube, name, value)
+            for mark in ("dom0", "work"):
+                client.call("admin.vm.tag.Set", mark, f"mark{number}")
+            told += everything.until(f"domain-tag-add:mark{number}", "work")
+            own += one.until(f"domain-tag-add:mark{number}")
+            wanted += events
+        assert [_told(e) for e in told if "tag-add" not in e.name] == wanted
+        # The stream of one qube has its events alone.
+        mine = [_told(e) for e in own if "tag-add" not in e.name]
+        assert mine == [text for text in wanted if text.startswith("work ")]
+        everything.close()
+        one.close()

@@ -142,6 +142,13 @@ def test_tokens_are_used_up_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None
 # ---- statistics
 
 
+@pytest.mark.parametrize(
+    ("interval", "wanted"), [(None, 3), (5, 5), (0, 1), (-1, 1), (10**25, 3600)]
+)
+def test_statistics_neither_spin_nor_sleep_for_ever(interval: int | None, wanted: int) -> None:
+    assert stats.pause_s(interval) == wanted
+
+
 def test_usage_is_the_average_over_vcpus() -> None:
     first = stats.Sample(0, 1000, 2000, 0, 2)
     second = stats.Sample(10**9, 1000, 2000, 10**9, 2, 50, 10**9, 1)

@@ -123,6 +123,36 @@ def test_the_domain_fits_its_message_field_for_field(view: View) -> None:
     assert known == set(boot.Domain.__dataclass_fields__)
 
 
+def test_numbers_without_limits_fit_their_messages(view: View) -> None:
+    work = record(view, WORK)
+    huge = dict.fromkeys(("memory", "maxmem", "vcpus", "stubdom_mem"), "9" * 25)
+    work = replace(work, properties={**work.properties, **huge, "virt_mode": "hvm"})
+    view.apply(QubePut(work))
+    message = domain_message(boot.domain(view, work, epoch=3, devices=[]))
+    assert (message.memory_mib, message.vcpus) == (2**40, 2**32 - 1)
+    needed = boot.memory_bytes(view, work)
+    assert domains_pb2.ReserveMemoryRequest(bytes=needed).bytes == needed > 2**60
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"), [(None, 60), (0, 1), (-5, 1), (7, 7), (10**25, 365 * 24 * 3600)]
+)
+def test_seconds_to_wait_are_some_and_end(value: int | None, wanted: int) -> None:
+    assert boot.seconds(value) == wanted
+
+
+def test_a_default_netvm_that_provides_no_network_is_no_backend(view: View) -> None:
+    work = record(view, WORK)
+    work = replace(work, properties={k: v for k, v in work.properties.items() if k != "netvm"})
+    view.apply(QubePut(work))
+    for name in ("tmpl", "dom0"):
+        view.apply(SystemPut("default_netvm", name))
+        assert boot.netvm(view, work) is None
+        assert boot.link(view, work) is None
+    view.apply(SystemPut("default_netvm", "sys-net"))
+    assert boot.netvm(view, work) == record(view, NET)
+
+
 def test_an_hvm_qube_gets_an_emulator_and_its_memory(view: View) -> None:
     work = record(view, WORK)
     hvm = replace(work, properties={**work.properties, "virt_mode": "hvm", "stubdom_mem": "256"})

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bulkhead.model.evaluate import evaluate, to_wire
-from bulkhead.model.properties import ALL_ROWS, CLASSES, INT_LIMIT, find_row, rows_for
+from bulkhead.model.properties import ALL_ROWS, CLASSES, find_row, rows_for
 from bulkhead.model.records import (
     Assignment,
     FactPut,
@@ -75,9 +75,11 @@ def reset_refusal(world: World, holder: str, name: str) -> Refusal:
 
 # property -> (value on the wire, stored text); the holder is `work` or another that has it
 ACCEPTED: dict[str, list[tuple[str, str]]] = {
-    "label": [("blue", "blue"), ("3", "yellow"), ("label-4", "green"), ("9", "pink")],
+    "label": [
+        ("blue", "blue"), ("3", "yellow"), ("label-4", "green"), ("9", "pink"), (" +03 ", "yellow"),
+    ],
     "virt_mode": [("HVM", "hvm"), ("pv", "pv"), ("PvH", "pvh")],
-    "memory": [("400", "400"), (" +4_00 ", "400")],
+    "memory": [("400", "400"), (" +4_00 ", "400"), ("9" * 25, "9" * 25)],
     "maxmem": [("0", "0"), ("4000", "4000")],
     "stubdom_mem": [("1", "1")],
     "vcpus": [("2", "2")],
@@ -113,7 +115,7 @@ ACCEPTED: dict[str, list[tuple[str, str]]] = {
     # system
     "default_guivm": [("dom0", "dom0"), ("", "")],
     "default_audiovm": [("work", "work")],
-    "default_netvm": [("sys-net", "sys-net"), ("", "")],
+    "default_netvm": [("sys-net", "sys-net"), ("", ""), ("dom0", "dom0"), ("tmpl", "tmpl")],
     "default_template": [("tmpl", "tmpl"), ("", "")],
     "updatevm": [("work", "work")],
     "clockvm": [("sys-net", "sys-net"), ("", "")],
@@ -123,9 +125,9 @@ ACCEPTED: dict[str, list[tuple[str, str]]] = {
     "default_pool_private": [("varlibqubes", "varlibqubes")],
     "default_pool_root": [("varlibqubes", "varlibqubes")],
     "default_pool_volatile": [("varlibqubes", "varlibqubes")],
-    "default_qrexec_timeout": [("60", "60")],
-    "default_shutdown_timeout": [("60", "60")],
-    "stats_interval": [("1", "1")],
+    "default_qrexec_timeout": [("60", "60"), ("-1", "-1")],
+    "default_shutdown_timeout": [("60", "60"), ("0", "0")],
+    "stats_interval": [("1", "1"), ("0", "0"), ("9" * 25, "9" * 25)],
     "check_updates_vm": [("no", "False")],
 }  # fmt: skip
 
@@ -166,12 +168,12 @@ REFUSED: list[tuple[str, str, str, str]] = [
     ("work", "label", "label-x", "LABEL_NOT_FOUND"),
     ("work", "virt_mode", "kvm", "INVALID_PROPERTY_VALUE"),
     ("work", "virt_mode", "", "INVALID_PROPERTY_VALUE"),
+    ("work", "virt_mode", "a\x0b", "INVALID_PROPERTY_VALUE"),
     ("work", "memory", "0", "INVALID_PROPERTY_VALUE"),
     ("work", "memory", "-1", "INVALID_PROPERTY_VALUE"),
     ("work", "memory", "", "INVALID_VALUE"),
     ("work", "memory", "4.5", "INVALID_VALUE"),
     ("work", "memory", "1" * 5000, "INVALID_VALUE"),
-    ("work", "memory", str(INT_LIMIT + 1), "INVALID_PROPERTY_VALUE"),
     ("work", "maxmem", "-1", "INVALID_PROPERTY_VALUE"),
     ("work", "stubdom_mem", "0", "INVALID_PROPERTY_VALUE"),
     ("work", "vcpus", "0", "INVALID_PROPERTY_VALUE"),
@@ -227,12 +229,12 @@ REFUSED: list[tuple[str, str, str, str]] = [
     ("dvm", "template_for_dispvms", "no", "QUBE_IN_USE"),
     ("", "default_template", "work", "INVALID_PROPERTY_VALUE"),
     ("", "default_dispvm", "work", "INVALID_PROPERTY_VALUE"),
-    ("", "default_netvm", "work", "INVALID_PROPERTY_VALUE"),
+    # It would be its own netvm.
+    ("", "default_netvm", "dvm", "INVALID_PROPERTY_VALUE"),
+    ("", "default_netvm", "far", "INVALID_PROPERTY_VALUE"),
     ("", "clockvm", "far", "INVALID_PROPERTY_VALUE"),
     ("", "default_pool", "nosuch", "INVALID_PROPERTY_VALUE"),
     ("", "default_pool", "", "INVALID_PROPERTY_VALUE"),
-    ("", "stats_interval", "0", "INVALID_PROPERTY_VALUE"),
-    ("", "default_qrexec_timeout", "-1", "INVALID_PROPERTY_VALUE"),
     ("", "default_shutdown_timeout", "x", "INVALID_VALUE"),
     ("", "check_updates_vm", "maybe", "INVALID_VALUE"),
 ]
@@ -277,8 +279,10 @@ def test_resets() -> None:
         assert reset_refusal(world, holder, "label").reason == "INVALID_VALUE"
     assert reset_refusal(world, "sys-net", "provides_network").reason == "INVALID_VALUE"
     assert reset_refusal(world, "dvm", "template_for_dispvms").reason == "QUBE_IN_USE"
+    assert reset_refusal(world, "", "default_kernel").reason == "INVALID_VALUE"
     for row in rows_for(None):
-        check_reset(world.view, None, row)
+        if row.name != "default_kernel":
+            check_reset(world.view, None, row)
     check_reset(world.view, world.get("work"), find_row("AppVM", "memory"))
 
 

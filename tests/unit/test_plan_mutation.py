@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from bulkhead.model.evaluate import evaluate
 from bulkhead.model.invariants import check
 from bulkhead.model.plan import PlanRefused, plan_preload
 from bulkhead.model.plan.mutation import _PLANS
@@ -112,20 +113,26 @@ def test_template_property_reaches_children_that_use_the_default(w: World) -> No
     ]
 
 
-def test_disposables_are_told_of_what_their_template_has_from_its_own(w: World) -> None:
+def test_only_a_set_on_a_template_is_told_to_who_is_directly_based_on_it(w: World) -> None:
     w.create("d1", klass="DispVM", template="dvm")
-    w.create("d2", klass="DispVM", template="dvm")
-    w.set("d2", "vcpus", "1")
-    assert names(w.set("tmpl", "vcpus", "4").events)[1:3] == [
-        "dvm:property-reset:vcpus",
-        "d1:property-reset:vcpus",
-    ]
+    assert "d1:property-reset:vcpus" not in names(w.set("tmpl", "vcpus", "4").events)
     assert names(w.set("dvm", "vcpus", "3").events) == [
         "dvm:property-pre-set:vcpus",
-        "d1:property-reset:vcpus",
         "dvm:property-set:vcpus",
     ]
-    assert "d1:property-reset:vcpus" not in names(w.set("tmpl", "vcpus", "5").events)
+    assert names(w.do(ResetProperty("tmpl", "vcpus")).events) == [
+        "tmpl:property-pre-reset:vcpus",
+        "tmpl:property-pre-del:vcpus",
+        "tmpl:property-reset:vcpus",
+        "tmpl:property-del:vcpus",
+    ]
+
+
+def test_a_refused_reset_was_announced(w: World) -> None:
+    refusal = refused(lambda: w.do(ResetProperty("work", "template")))
+    assert isinstance(refusal, PlanRefused)
+    assert refusal.reason == "INVALID_VALUE"
+    assert names(refusal.events) == ["work:property-pre-reset:template"]
 
 
 def test_guivm_moves_its_tag_before_set(w: World) -> None:
@@ -226,6 +233,21 @@ def test_default_netvm_cascade(w: World) -> None:
     assert pairs(events[1]) == {"name": "netvm", "newvalue": "sys-net", "oldvalue": "None"}
 
 
+def test_default_netvm_reset_is_not_told_and_takes_effect(w: World) -> None:
+    w.set("", "default_netvm", "sys-net")
+    w.start("sys-net")
+    w.start("vault")
+    plan = w.do(ResetProperty("", "default_netvm"))
+    assert names(plan.events) == [
+        "property-pre-reset:default_netvm",
+        "property-pre-del:default_netvm",
+        "property-reset:default_netvm",
+        "property-del:default_netvm",
+    ]
+    assert plan.live == (w.qube("vault").uuid,)
+    assert evaluate(w.view, w.qube("vault"), "netvm") is None
+
+
 def test_default_netvm_loop_is_refused(w: World) -> None:
     w.do(ResetProperty("sys-net", "netvm"))
     assert refused(lambda: w.set("", "default_netvm", "sys-net")).reason == "INVALID_PROPERTY_VALUE"
@@ -294,7 +316,8 @@ def test_address_reaches_gateways_of_clients(w: World) -> None:
         "work:property-reset:visible_gateway",
         "sys-net:property-set:ip",
     ]
-    assert names(w.do(ResetProperty("work", "ip6")).events)[2] == "work:property-reset:visible_ip6"
+    assert names(w.set("work", "ip6", "fd00::1").events)[1] == "work:property-reset:visible_ip6"
+    assert names(w.do(ResetProperty("work", "ip6")).events)[2] == "work:property-reset:ip6"
 
 
 def test_clockvm_moves_its_feature(w: World) -> None:
@@ -316,8 +339,13 @@ def test_clockvm_moves_its_feature(w: World) -> None:
         "property-pre-set:clockvm",
         "property-set:clockvm",
     ]
-    w.do(ResetProperty("", "clockvm"))
-    assert "service.clocksync" not in w.qube("vault").features
+    assert names(w.do(ResetProperty("", "clockvm")).events) == [
+        "property-pre-reset:clockvm",
+        "property-pre-del:clockvm",
+        "property-reset:clockvm",
+        "property-del:clockvm",
+    ]
+    assert "service.clocksync" in w.qube("vault").features
 
 
 def test_default_dispvm_reaches_who_uses_it(w: World) -> None:

@@ -42,6 +42,8 @@ from bulkhead.model.xmlstore import mended
 _TAGGED = ("guivm", "audiovm", "relayvm")
 # Guards that are part of the setter in 4.4: they refuse before anything is announced.
 _SILENT_GUARDS = frozenset({"provides_network"})
+# What else changes is told when they are set, and is not when they are reset, as in 4.4.
+_ALONE_WHEN_RESET = frozenset({"ip6"})
 DEFERRED_NETVM = "deferred-netvm-original"
 CLOCK_FEATURE = "service.clocksync"
 
@@ -70,6 +72,8 @@ def store_property(draft: Draft, qube: Qube, row: PropertyRow, text: str) -> Non
         _before_netvm(draft, qube)
     qube = draft.set_stored(qube, name, text)
     _consequences(draft, qube, row, new, old)
+    if row.propagates and qube.klass == TEMPLATE and new != old:
+        _inherited(draft, qube, name)
     draft.emit(events.property_set_only(qube, name, new, old))
     _mark_live(draft, qube, row)
     _requalify(draft, qube, name)
@@ -94,7 +98,7 @@ def clear_property(draft: Draft, qube: Qube, row: PropertyRow) -> None:
     )
     before = [e for e in burst if e.name.startswith(("property-pre-",))]
     after = [e for e in burst if not e.name.startswith(("property-pre-",))]
-    if row.write_once or not row.resettable or name in _SILENT_GUARDS:
+    if row.write_once or name in _SILENT_GUARDS:
         check_reset(view, qube, row)
     draft.emit(before[0])
     check_reset(view, qube, row)
@@ -103,7 +107,8 @@ def clear_property(draft: Draft, qube: Qube, row: PropertyRow) -> None:
         _before_netvm(draft, qube)
     if row.stored:
         qube = draft.set_stored(qube, name, None)
-        _consequences(draft, qube, row, new, old)
+        if name not in _ALONE_WHEN_RESET:
+            _consequences(draft, qube, row, new, old)
     draft.emit(*after)
     _mark_live(draft, qube, row)
     _requalify(draft, qube, name)
@@ -165,16 +170,14 @@ def _consequences(draft: Draft, qube: Qube, row: PropertyRow, new: Value, old: O
             for child in children(view, qube):
                 if is_default(view, child, "bootmode"):
                     draft.emit(events.value_changed(child, "bootmode"))
-    if row.propagates and new != old:
-        _inherited(draft, qube, name)
 
 
 def _inherited(draft: Draft, template: Qube, name: str) -> None:
-    """Who has the property from the template, disposables from theirs in turn."""
+    """Qubes directly based on the template that have the property from it. Clients are told
+    of a Set on a TemplateVM and of nothing else, as in 4.4."""
     for child in children(draft.view, template):
         if has_property(child.klass, name) and is_default(draft.view, child, name):
             draft.emit(events.value_changed(child, name))
-            _inherited(draft, child, name)
 
 
 def _relays_changed(draft: Draft, *relays: OldValue) -> None:
@@ -306,11 +309,24 @@ def reset_system(draft: Draft, name: str) -> None:
     new: Value = None if default is NO_DEFAULT else default
     burst = events.property_reset(None, name, old)
     draft.emit(*burst[:2])
-    _before_system(draft, name, new, old)
-    if row.stored:
-        draft.set_system(name, None)
-        _after_system(draft, name, new, old)
+    match name:
+        case "clockvm":
+            draft.set_system(name, None)  # who was it keeps the feature
+        case "default_netvm":
+            _default_netvm_reset(draft)
+        case _ if row.stored:
+            draft.set_system(name, None)
+            _after_system(draft, name, new, old)
     draft.emit(*burst[2:])
+
+
+def _default_netvm_reset(draft: Draft) -> None:
+    """Qubes that use it lose their network, and no event tells of them."""
+    for qube in by_name(uses_default_netvm(draft.view)):
+        _before_netvm(draft, qube)
+    draft.set_system("default_netvm", None)
+    for qube in by_name(uses_default_netvm(draft.view)):
+        _mark_live(draft, qube, find_row(qube.klass, "netvm"))
 
 
 def _before_system(draft: Draft, name: str, new: Value, old: OldValue) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_PAUSES_S = (1, 3600)  # shortest and longest
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -21,6 +23,12 @@ class Sample:
     swap_used_kib: int | None = None
     stubdom_cpu_time_ns: int | None = None
     stubdom_vcpus: int | None = None
+
+
+def pause_s(stats_interval: object) -> int:
+    """Seconds between two rounds, whatever the property says: it may be zero or huge."""
+    shortest, longest = _PAUSES_S
+    return max(shortest, min(stats_interval, longest)) if isinstance(stats_interval, int) else 3
 
 
 def _share(cpu_ns: int, before_ns: int, elapsed_ns: int, vcpus: int) -> float:

@@ -11,9 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bulkhead.model.devices import ANY, is_known, matching
-from bulkhead.model.evaluate import evaluate, is_running, kernel_command_line
+from bulkhead.model.evaluate import (
+    evaluate,
+    is_running,
+    kernel_command_line,
+    provides_network,
+)
 from bulkhead.model.features import feature, netvm_of, truthy
-from bulkhead.model.memory import bytes_needed, hotplug_usable
+from bulkhead.model.memory import MOST, bytes_needed, hotplug_usable
 from bulkhead.model.plan.devices import checked_options
 from bulkhead.model.records import Assignment, DeviceFact, KernelFact, Pool, Qube, Run, Volume
 from bulkhead.model.refusal import Refusal
@@ -26,6 +31,8 @@ FIXED_TARGETS: Mapping[str, str] = {
     "volatile": "xvdc",
     "kernel": "xvdd",
 }
+_YEAR_S = 365 * 24 * 3600
+_VCPUS_MOST = 2**32 - 1  # what the message to the hypervisor's service can carry
 EXTRA_TARGETS = tuple(f"xvd{chr(c)}" for c in range(ord("e"), ord("y") + 1))
 
 
@@ -217,8 +224,14 @@ def source_owners(view: View, qube: Qube) -> tuple[str, ...]:
 
 
 def netvm(view: View, qube: Qube) -> Qube | None:
-    """The qube's netvm, None without one (also for classes that have no such property)."""
-    return None if qube.klass in ("AdminVM", "RemoteVM") else netvm_of(view, qube)
+    """The qube's netvm, None without one (also for classes that have no such property).
+
+    A default netvm need not provide a network: there is nothing to be plugged into then.
+    """
+    if qube.klass in ("AdminVM", "RemoteVM"):
+        return None
+    found = netvm_of(view, qube)
+    return found if found is not None and provides_network(found) else None
 
 
 def link(view: View, qube: Qube) -> Link | None:
@@ -270,9 +283,14 @@ def text(value: object) -> str:
     return str(value)
 
 
-def number(value: object, default: int = 0) -> int:
-    """Evaluated value as int; None is the default."""
-    return int(str(value)) if value is not None and str(value) != "" else default
+def number(value: object, default: int = 0, *, most: int = MOST) -> int:
+    """Evaluated value as int, never above most; None is the default."""
+    return min(value, most) if isinstance(value, int) else default
+
+
+def seconds(value: object) -> int:
+    """A timeout property as seconds to wait: at least 1, at most a year; None is 60."""
+    return max(1, number(value, 60, most=_YEAR_S))
 
 
 def pci_assignments(qube: Qube) -> tuple[Assignment, ...]:
@@ -358,7 +376,7 @@ def domain(
         memory_mib=number(evaluate(view, qube, "memory")),
         maxmem_mib=maxmem,
         hotplug=hotplug(view, qube),
-        vcpus=number(evaluate(view, qube, "vcpus"), 1),
+        vcpus=number(evaluate(view, qube, "vcpus"), 1, most=_VCPUS_MOST),
         kernel=_vmlinuz(view, virt_mode, kernel),
         initramfs=f"{kernel.directory}/initramfs" if kernel and kernel.has_initramfs else "",
         cmdline=kernel_command_line(view, qube) if kernel_name else "",

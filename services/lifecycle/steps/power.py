@@ -131,7 +131,7 @@ class Stopped(_Forward):
         qube = subject(context)
         limit = None
         if isinstance(spec, ShutdownSpec):
-            seconds = boot.number(evaluate(context.view, qube, "shutdown_timeout"), 60)
+            seconds = boot.seconds(evaluate(context.view, qube, "shutdown_timeout"))
             limit = asyncio.get_running_loop().time() + seconds
         boot_of = boot_id(context)
         while True:

@@ -613,7 +613,7 @@ class Daemons:
     async def forward(self, context: StepContext) -> Outcome:
         qube = subject(context)
         view = context.view
-        timeout_s = boot.number(evaluate(view, qube, "qrexec_timeout"), 60)
+        timeout_s = boot.seconds(evaluate(view, qube, "qrexec_timeout"))
         virt_mode = boot.text(evaluate(view, qube, "virt_mode"))
         stubdom = truthy(view, qube, "stubdom-qrexec", "template")
         reply = await context.participants.domains.start_guest_daemons(
