@@ -1,11 +1,15 @@
 """Runs domains: python -m services.domains --root DIR.
 
 Owns the choice of hypervisor by the instance's settings, and the wiring. Must not hold
-any rule of its own. Invariant: whatever the hypervisor, the handlers are the same.
+any rule of its own. Invariants: whatever the hypervisor, the handlers are the same; libvirt
+and all that it brings along are loaded only where they are used, and before files are out
+of reach.
 """
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from pathlib import Path
 
 from bulkhead.bus.confine import Confinement
@@ -15,7 +19,6 @@ from bulkhead.config import Settings
 from .adapters.guest_daemons import GuestDaemons, Programs
 from .adapters.guest_keys import FileKeys, GuestKeys, QubesDbKeys
 from .adapters.hypervisor import HostInfo, Hypervisor
-from .adapters.libvirt_adapter import LibvirtHypervisor
 from .adapters.namespaces import WithNamespaces
 from .adapters.qmemman import MemoryManager
 from .adapters.sim_adapter import SimHypervisor
@@ -35,13 +38,34 @@ KEYS = "guest-keys"
 NAMESPACES = "namespaces"
 
 
-def _hypervisor(settings: Settings) -> Hypervisor:
-    if settings.hypervisor.startswith("sim:"):
-        return SimHypervisor(settings.service_dir("simhv") / SIM_SOCKET)
+FlavourOf = Callable[[HostInfo | None], Flavour]
+
+
+def _is_simulated(settings: Settings) -> bool:
+    return settings.hypervisor.startswith("sim:")
+
+
+def _simulated_flavour(host: HostInfo | None) -> Flavour:
+    if host is None or host.kind == "sim":
+        return Flavour("xen", qubes=True)
+    return Flavour(host.kind)
+
+
+def _hypervisor(settings: Settings) -> tuple[Hypervisor, FlavourOf]:
+    """The hypervisor, and how XML for it is written where the host is this one."""
+    if _is_simulated(settings):
+        return SimHypervisor(settings.service_dir("simhv") / SIM_SOCKET), _simulated_flavour
+    from .adapters.libvirt_adapter import LibvirtHypervisor
+
     libvirt = LibvirtHypervisor(settings.connect_uri)
+
+    def flavour(_: HostInfo | None) -> Flavour:
+        return libvirt.flavour  # known better once it is connected
+
     if settings.hypervisor.startswith("qemu:") and settings.isolated:
-        return WithNamespaces(libvirt, settings.service_dir("domains") / NAMESPACES)
-    return libvirt
+        directory = settings.service_dir("domains") / NAMESPACES
+        return WithNamespaces(libvirt, directory), flavour
+    return libvirt, flavour
 
 
 def _keys(settings: Settings) -> GuestKeys:
@@ -57,17 +81,8 @@ async def build(context: ServiceContext) -> object:
     reporter = Reporter(BusRegistryLink(context.channel("registry")), guard.learn, context.log)
     context.counters.update(reporter.counters)
     reporter.counters = context.counters
-    hypervisor = _hypervisor(settings)
+    hypervisor, flavour = _hypervisor(settings)
     keys = _keys(settings)
-
-    engine = hypervisor.behind if isinstance(hypervisor, WithNamespaces) else hypervisor
-
-    def flavour(host: HostInfo | None) -> Flavour:
-        if isinstance(engine, LibvirtHypervisor):
-            return engine.flavour
-        return (
-            Flavour("xen", qubes=True) if host is None or host.kind == "sim" else Flavour(host.kind)
-        )
 
     handlers = DomainsHandlers(
         hypervisor,
@@ -91,8 +106,9 @@ async def build(context: ServiceContext) -> object:
 
 def confinement(settings: Settings) -> Confinement:
     """Nothing but the bus and our directory for the simulation; libvirt and daemons else."""
-    if settings.hypervisor.startswith("sim:"):
+    if _is_simulated(settings):
         return Confinement()
+    importlib.import_module(".adapters.libvirt_adapter", __package__)
     programs = Programs()
     return Confinement(
         read=(Path("/etc"), Path("/proc"), Path("/sys"), Path("/var/run")),

@@ -1,6 +1,6 @@
 """python -m services.firewall --root DIR: wires the firewall service.
 
-Owns what is built from what. Invariant: the resolve worker is started before this
+Owns what is built from what. Invariant: the resolve worker's supervisor is started before this
 process gives up INET sockets, because a child could never have more than its parent.
 """
 

@@ -159,11 +159,12 @@ def test_only_host_names_are_asked_about(name: str) -> None:
     run(work)
 
 
-def test_child_is_confined_and_comes_back_when_it_dies() -> None:
+def test_worker_comes_with_the_first_question_confined_and_again_when_it_dies() -> None:
     async def work(server: NameServer, client: ResolverClient, pid: int) -> None:
         server.addresses["a.org"] = ["192.0.2.1"]
-        await client.resolve("a.org")
         children = Path(f"/proc/{pid}/task/{pid}/children")
+        assert not children.read_text()
+        await client.resolve("a.org")
         child = int(children.read_text())
         status = Path(f"/proc/{child}/status").read_text()
         assert "CapEff:\t0000000000000000" in status and "Seccomp:\t2" in status
@@ -171,6 +172,13 @@ def test_child_is_confined_and_comes_back_when_it_dies() -> None:
         os.kill(child, signal.SIGKILL)
         assert (await client.resolve("a.org"))[0] == ("192.0.2.1",)
         assert int(children.read_text()) != child
+
+    run(work)
+
+
+def test_supervisor_ends_with_the_firewall_though_nothing_was_ever_asked() -> None:
+    async def work(server: NameServer, client: ResolverClient, pid: int) -> None:
+        assert not server.asked  # worker() sees it end with status 0
 
     run(work)
 

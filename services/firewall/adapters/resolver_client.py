@@ -1,6 +1,6 @@
 """The firewall's end of the resolve worker.
 
-Owns the socket pair, the worker's process and the questions under way. Must not know
+Owns the socket pair, the supervisor of the worker and the questions under way. Must not know
 what names are for. Invariant: every question ends, with an answer or within QUESTION_S.
 """
 
@@ -14,28 +14,32 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 QUESTION_S = 8.0
 PENDING_LIMIT = 1024
 _PACKET_LIMIT = 64 * 1024
+_SUPERVISOR = Path(__file__).parent.parent / "resolve" / "supervisor.py"
 
 
 def start_worker(servers: Sequence[str] = ()) -> tuple[socket.socket, subprocess.Popen[bytes]]:
-    """Start the worker and give our end; call it before giving up INET sockets.
+    """Start the worker's supervisor and give our end; call it before giving up INET sockets.
 
-    servers: "ADDRESS:PORT" instead of those in resolv.conf.
+    The worker itself comes with the first question. servers: "ADDRESS:PORT" instead of those
+    in resolv.conf.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    command = [sys.executable, "-m", "services.firewall.resolve"]
+    # -S: it needs no more than the interpreter, and keeps what it loads for ever.
+    command = [sys.executable, "-S", str(_SUPERVISOR)]
     command += ["--fd", str(theirs.fileno()), "--parent", str(os.getpid())]
     for server in servers:
         command += ["--server", server]
     with theirs:
-        worker = subprocess.Popen(
+        supervisor = subprocess.Popen(
             command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, close_fds=True
         )
-    return ours, worker
+    return ours, supervisor
 
 
 class ResolverClient:

@@ -1,22 +1,17 @@
-"""python -m services.firewall.resolve --fd N [--server ADDRESS:PORT ...]
+"""python -m services.firewall.resolve --fd N --parent PID [--server ADDRESS:PORT ...]
 
-A parent that does nothing but start its child again, and the child that answers
-questions on the inherited socket: {"id", "name"} in, {"id", "addresses", "ttl",
-"error"} out, one JSON object per packet. Invariant: the child has no capability, no
-file to write, and is the only part of the firewall that may open INET sockets.
+Answers questions on the inherited socket: {"id", "name"} in, {"id", "addresses", "ttl",
+"error"} out, one JSON object per packet. Started by the supervisor beside it, again after
+a death. Invariant: it has no capability, no file to write, and is the only part of the
+firewall that may open INET sockets.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes
 import json
-import os
-import signal
 import socket
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,12 +20,11 @@ from bulkhead.bus.confine import Confinement
 from bulkhead.model.firewall_rules import parse_destination
 from bulkhead.model.refusal import Refusal
 from services.firewall.resolve.client import ResolveError, read_servers, resolve
+from services.firewall.resolve.supervisor import die_with
 
 RESOLV_CONF = Path("/etc/resolv.conf")
 PACKET_LIMIT = 64 * 1024
 QUESTIONS_LIMIT = 64
-_PR_SET_PDEATHSIG = 1
-_RESTART_S = 0.2
 
 
 async def serve(connection: socket.socket, fixed: Sequence[tuple[str, int]]) -> None:
@@ -68,42 +62,22 @@ async def serve(connection: socket.socket, fixed: Sequence[tuple[str, int]]) -> 
             task.add_done_callback(running.discard)
 
 
-def _die_with(parent: int) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        sys.exit(0)
-
-
-def _child(connection: socket.socket, fixed: Sequence[tuple[str, int]]) -> None:
-    confine.apply(Confinement(inet=True, read=(Path("/etc"), Path("/run"))))
-    asyncio.run(serve(connection, fixed))
-
-
 def _parse_server(text: str) -> tuple[str, int]:
     address, _, port = text.rpartition(":")
     return address, int(port)
 
 
 def main() -> None:
-    """Supervise until the firewall is gone."""
+    """Answer until the firewall is gone."""
     parser = argparse.ArgumentParser(prog="resolve")
     parser.add_argument("--fd", type=int, required=True)
-    parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--parent", type=int, required=True, help="pid of the supervisor")
     parser.add_argument("--server", type=_parse_server, action="append", default=[])
     arguments = parser.parse_args()
-    _die_with(arguments.parent)
+    die_with(arguments.parent)
     connection = socket.socket(fileno=arguments.fd)
-    while True:
-        own = os.getpid()
-        child = os.fork()
-        if child == 0:
-            _die_with(own)
-            _child(connection, arguments.server)
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        if status == 0:
-            return  # the firewall closed its end
-        time.sleep(_RESTART_S)
+    confine.apply(Confinement(inet=True, read=(Path("/etc"), Path("/run"))))
+    asyncio.run(serve(connection, arguments.server))
 
 
 if __name__ == "__main__":
