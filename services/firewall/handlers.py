@@ -105,7 +105,7 @@ class FirewallHandlers:
     async def delete_rules(
         self, request: firewall_pb2.DeleteRulesRequest, call: Call
     ) -> firewall_pb2.DeleteRulesReply:
-        """Remove the qube's file."""
+        """Take the qube out of its table, then remove its file."""
         del call
         await self._finish(self._keeper.delete(request.uuid))
         return firewall_pb2.DeleteRulesReply()

@@ -348,9 +348,10 @@ class RuleKeeper:
             return digest(rules)
 
     async def delete(self, uuid: str) -> None:
-        """The qube has no file; one that is applied keeps its chain until Withdraw."""
+        """The qube is gone: no chain of any boot is left, then no file. Repeatable."""
         uuid = _uuid(uuid)
         async with self._locks.hold(uuid):
+            await self._withdraw(uuid, "")
             try:
                 await asyncio.to_thread(self._delete_files, uuid)
             except OSError as error:
@@ -424,18 +425,22 @@ class RuleKeeper:
         """No chain of that boot is left; "" = of any. Repeatable, also after a crash."""
         uuid = _uuid(uuid)
         async with self._locks.hold(uuid):
-            found = self._applied.get(uuid)
-            if found is None or (boot_id and found.target.boot_id != boot_id):
-                return
-            try:
-                await self._forget(uuid)
-            except EnforcerGone as error:
-                raise failure(
-                    "ENFORCER_UNAVAILABLE",
-                    f"the rules of {found.target.qube} cannot be withdrawn now: {error}",
-                    uuid=uuid,
-                    why=str(error),
-                ) from error
+            await self._withdraw(uuid, boot_id)
+
+    async def _withdraw(self, uuid: str, boot_id: str) -> None:
+        """The caller holds the qube's lock."""
+        found = self._applied.get(uuid)
+        if found is None or (boot_id and found.target.boot_id != boot_id):
+            return
+        try:
+            await self._forget(uuid)
+        except EnforcerGone as error:
+            raise failure(
+                "ENFORCER_UNAVAILABLE",
+                f"the rules of {found.target.qube} cannot be withdrawn now: {error}",
+                uuid=uuid,
+                why=str(error),
+            ) from error
 
     async def _forget(self, uuid: str) -> None:
         """Take an applied qube out of its table and the notes. EnforcerGone."""

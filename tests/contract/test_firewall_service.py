@@ -328,7 +328,7 @@ def test_registry_that_is_away_hears_of_it_later(world: World) -> None:
 # ---- files
 
 
-def test_copy_and_delete_touch_the_file_only(world: World) -> None:
+def test_copies_and_deleted_files_leave_others_alone(world: World) -> None:
     async def story() -> None:
         keeper = await started(world)
         assert await keeper.copy(A, B, "disp1") == ""
@@ -410,6 +410,21 @@ def test_apply_and_withdraw_by_boot_id(world: World) -> None:
         await keeper.apply(target(boot="three"), False)
         await keeper.withdraw(A, "")
         assert table.elements("by_interface") == {}
+
+    run(story())
+
+
+def test_delete_leaves_neither_chain_nor_file(world: World) -> None:
+    async def story() -> None:
+        keeper = await started(world)
+        await keeper.apply(target(boot="two"), False)
+        await keeper.set_rules(A, "work", ["action=drop"])
+        for _ in range(2):
+            await keeper.delete(A)
+        table = world.kernels["bh-net-6"].table
+        assert f"q_{ruleset.tag(A)}" not in table.chains
+        assert table.elements("by_interface") == {} == table.elements("clients")
+        assert world.file(A) is None and await keeper.inventory() == ()
 
     run(story())
 

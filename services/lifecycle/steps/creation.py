@@ -7,7 +7,6 @@ nothing else.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 
 from bulkhead.api import domains_pb2, firewall_pb2, storage_pb2
@@ -131,7 +130,7 @@ def _inherits(context: StepContext, qube: Qube) -> bool:
 
 
 async def delete_rules(context: StepContext, qube: Qube) -> None:
-    """The qube has no rules file."""
+    """No rule of the qube is left, in the kernel or on disk."""
     await context.participants.firewall.delete_rules(
         firewall_pb2.DeleteRulesRequest(uuid=qube.uuid),
         timeout=CALL_TIMEOUT_S,
@@ -139,21 +138,11 @@ async def delete_rules(context: StepContext, qube: Qube) -> None:
     )
 
 
-class WithdrawRules:
-    """REMOVE: no rule of the qube is left, in the kernel or on disk."""
+class DeleteRules:
+    """REMOVE: the firewall does not know the qube."""
 
     async def forward(self, context: StepContext) -> Outcome:
-        qube = subject(context)
-        withdraw = context.participants.firewall.withdraw(
-            firewall_pb2.WithdrawRequest(uuid=qube.uuid, boot_id=""),
-            timeout=CALL_TIMEOUT_S,
-            context=context.call("withdraw"),
-        )
-        # Neither waits for the other, and both have ended when this does.
-        ends = await asyncio.gather(withdraw, delete_rules(context, qube), return_exceptions=True)
-        for end in ends:
-            if isinstance(end, BaseException):
-                raise end
+        await delete_rules(context, subject(context))
         return Outcome()
 
     async def undo(self, context: StepContext) -> None:

@@ -17,7 +17,7 @@ STEPS: Mapping[tuple[str, str], Step] = {
     ("CREATE", "copy_rules"): creation.CopyRules(),
     ("CLONE", "ensure_cloned"): creation.EnsureCloned(),
     ("CLONE", "copy_rules"): creation.CopyRules(),
-    ("REMOVE", "withdraw_rules"): creation.WithdrawRules(),
+    ("REMOVE", "withdraw_rules"): creation.DeleteRules(),
     ("REMOVE", "undefine"): creation.Undefine(),
     ("REMOVE", "remove_volumes"): creation.RemoveVolumes(),
     ("STOPPED", "withdraw_rules"): power.WithdrawRules(),
