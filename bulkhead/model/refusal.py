@@ -58,6 +58,7 @@ _ROWS: tuple[Reason, ...] = (
     # name, code, when
     Reason("QUBE_NOT_FOUND", "NOT_FOUND", "no qube has that name or uuid"),
     Reason("QUBE_EXISTS", "ALREADY_EXISTS", "the name is taken"),
+    Reason("NAME_IN_REMOVAL", "UNAVAILABLE", "its qube is being removed; ask again"),
     Reason("QUBE_IN_USE", "FAILED_PRECONDITION", "other objects refer to the qube"),
     Reason("QUBE_QUARANTINED", "FAILED_PRECONDITION", "its stored state does not validate"),
     Reason("QUBE_BUSY", "ABORTED", "another operation holds the qube"),

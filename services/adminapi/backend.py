@@ -8,6 +8,7 @@ it and its events are queued; when the outcome is not known, that is what is sai
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -176,6 +177,8 @@ class Backend:
         self.operations = OperationWaits(self.replica)
         self._context = context
         self.vetoes = Vetoes((), context.channel)
+        # Operations whose callers were told already: their ends show in a moment.
+        self._ending: set[asyncio.Task[None]] = set()
 
     @property
     def view(self) -> View:
@@ -202,6 +205,10 @@ class Backend:
         """
         request_id = request_id or secrets.token_bytes(16)
         service = method.split(".")[0].lower()
+        if self._ending and service != "lifecycle":
+            # What was reported as done has ended for whoever asks now. Lifecycle itself has
+            # sent those ends, so that nothing that it begins comes before them.
+            await asyncio.wait(self._ending, timeout=timeout)
         try:
             header, reply = await self._context.channel(service).call_with_header(
                 f"bulkhead.api.{method}",
@@ -272,7 +279,11 @@ class Backend:
         source: str,
         done: Callable[[Operation], bool] = _terminal,
     ) -> Operation:
-        """Submit an operation and wait until it is done; OperationFailed without success."""
+        """Submit an operation and wait until it is done; OperationFailed without success.
+
+        Where the table of operations says so, that is when its steps are: it is returned as
+        it began then, and its result is empty.
+        """
         await self.vetoes.ask(self.view, spec, source)
         request_id = secrets.token_bytes(16)
         urgent = isinstance(spec, specs.KillSpec)
@@ -286,6 +297,9 @@ class Backend:
             )
             operation_id = reply.operation.id
             await self.follow(reply.revision, 0)
+            if reply.carried_out and done is _terminal:
+                self._await_end(operation_id)
+                return codec.operation_from_proto(reply.operation)
         except WireRefusal as refusal:
             if refusal.reason != "OUTCOME_UNKNOWN":
                 raise
@@ -297,6 +311,15 @@ class Backend:
                 raise
             operation_id = begun.id
         return await self.succeeded(operation_id, done)
+
+    def _await_end(self, operation_id: str) -> None:
+        async def ended() -> None:
+            with contextlib.suppress(WireRefusal):  # so long ago that it is forgotten
+                await self.operations.wait(operation_id)
+
+        task = asyncio.create_task(ended(), name=f"end of {operation_id}")
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
 
     async def _applied(self, operation_id: str) -> None:
         """Wait until the change has reached the qube; Refusal QUBE_BUSY where that has to
@@ -359,6 +382,6 @@ def unavailable(error: BusError, request_id: bytes) -> BusError | WireRefusal:
             f"{error.message}; outcome unknown, request {request_id.hex()}",
             request=request_id.hex(),
         )
-    if error.code == "UNAVAILABLE":
+    if error.code == "UNAVAILABLE" and error.reason != "NAME_IN_REMOVAL":
         return WireRefusal("NOTHING_CHANGED", f"{error.message}; nothing was changed, try again")
     return error

@@ -125,6 +125,8 @@ class Executor:
         self.epoch = 0
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._waiters: dict[str, list[asyncio.Future[Operation]]] = {}
+        # Who asked for an operation and is told when its steps are done.
+        self._carried_out: dict[str, list[asyncio.Future[None]]] = {}
         self._changed = asyncio.Event()
         self._started = asyncio.Event()
         # From the first entry on: a task may wait for one before there is an epoch.
@@ -275,6 +277,29 @@ class Executor:
         self.adopt(operation)
         return operation, reply.joined, header.revision
 
+    async def carried_out(self, operation: Operation, timeout: float) -> bool:
+        """Wait until its steps are done and its end is on the way to the registry.
+
+        False at once where the table says that only its end counts, or where it does not
+        run; False after timeout seconds. After True the operation can only succeed, and
+        whatever is sent to the registry from here finds it ended.
+        """
+        runs = operation.state is OperationState.RUNNING and operation.id in self._tasks
+        if not runs or not OPERATIONS[operation.kind].carried_out:
+            return False
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiters = self._carried_out.setdefault(operation.id, [])
+        waiters.append(waiter)
+        try:
+            await asyncio.wait_for(waiter, timeout)
+        except TimeoutError:
+            return False
+        finally:
+            waiters.remove(waiter)
+            if not waiters:
+                self._carried_out.pop(operation.id, None)
+        return True
+
     async def finished(self, operation: Operation, timeout: float) -> Operation:
         """Wait for an operation's terminal state. TimeoutError when it takes longer."""
         current = self.replica.view.operations.get(operation.id)
@@ -371,7 +396,21 @@ class Executor:
                     data=operation.data,
                 )
                 return
-        await self._end(operation, OperationState.SUCCEEDED, None, result, pending)
+        end = self._end(operation, OperationState.SUCCEEDED, None, result, pending)
+        if not row.carried_out:
+            await end
+            return
+        ending = asyncio.create_task(end)
+        try:
+            await asyncio.sleep(0)  # it has left before anybody is told
+            hit("lifecycle.carried_out")
+            for waiter in self._carried_out.get(operation.id, ()):
+                if not waiter.done():
+                    waiter.set_result(None)
+            await asyncio.shield(ending)
+        except asyncio.CancelledError:
+            ending.cancel()
+            raise
 
     def _asked(self, operation: Operation) -> Operation:
         """The operation, with the mark of a cancel that was asked for meanwhile."""

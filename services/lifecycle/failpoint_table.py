@@ -13,6 +13,7 @@ FAILPOINTS = {
     "lifecycle.step.after": "the participant has answered, the next cursor is not durable",
     "lifecycle.undo.before": "before a step is undone",
     "lifecycle.undo.after": "the step is undone, the next cursor is not durable",
+    "lifecycle.carried_out": "the end is on its way, whoever waits for the steps was not told",
     "lifecycle.end.before": "all steps done, the end is not durable",
     "lifecycle.end.after": "the end is durable, nobody was told",
 }

@@ -20,6 +20,8 @@ from services.lifecycle.watcher import Watcher
 URGENT = (KillSpec,)
 
 FINISH_MARGIN_S = 1.0
+# How long an answer to Submit is held back for steps that may be done any moment.
+CARRY_OUT_S = 1.0
 
 
 class LifecycleHandlers:
@@ -53,12 +55,16 @@ class LifecycleHandlers:
     async def submit(
         self, request: lifecycle_pb2.SubmitRequest, call: Call
     ) -> lifecycle_pb2.SubmitReply:
-        """Begin the operation; answers when it is durable."""
+        """Begin the operation; answers when it is durable, a little later where that is
+        enough for all that its caller waits for."""
         spec = codec.spec_from_proto(request.spec)
         operation, joined, revision = await self.executor.begin(spec, _context(call))
         call.revision = revision
         return lifecycle_pb2.SubmitReply(
-            operation=codec.operation_to_proto(operation), joined=joined, revision=revision
+            operation=codec.operation_to_proto(operation),
+            joined=joined,
+            revision=revision,
+            carried_out=await self.executor.carried_out(operation, CARRY_OUT_S),
         )
 
     async def submit_urgent(

@@ -279,3 +279,59 @@ def test_a_new_netvm_of_a_running_qube_is_in_force_at_once(world: World) -> None
         "no rules are in force",
     )
     world.quiet()
+
+
+def _label_and_name_are_free(world: World) -> None:
+    """What the removed qube held may be given away and used again at once."""
+    call = world.instance.ok
+    call("admin.label.Remove", arg="mauve")
+    call("admin.label.Create", arg="mauve", payload=b"0x876543")
+    call("admin.vm.Create.AppVM", arg="tmpl", payload=b"name=gone label=mauve")
+    call("admin.vm.Remove", "gone")
+    call("admin.label.Remove", arg="mauve")
+    world.quiet()
+
+
+def _labelled(world: World) -> None:
+    world.instance.ok("admin.label.Create", arg="mauve", payload=b"0x123456")
+    world.instance.ok("admin.vm.Create.AppVM", arg="tmpl", payload=b"name=gone label=mauve")
+
+
+def test_a_removal_is_told_before_its_end_and_holds_nothing_then(world: World) -> None:
+    _labelled(world)
+    folder = world.pool / "appvms" / "gone"
+    assert folder.exists()
+    # Every commit takes so long: the removal's begin, and the end that nobody waits for.
+    world.instance.arm("registry.commit.before_commit=sleep:0.5")
+    world.instance.ok("admin.vm.Remove", "gone")
+    rows = [json.loads(line) for line in world.instance.ok("bulkhead.op.List").splitlines()]
+    assert [row["state"] for row in rows if row["kind"] == "REMOVE"][-1] == "running"
+    world.instance.disarm()
+    assert not folder.exists()
+    _label_and_name_are_free(world)
+
+
+def test_a_removal_whose_end_is_lost_with_lifecycle_ends_all_the_same(world: World) -> None:
+    _labelled(world)
+    pid = world.instance.pid("lifecycle")
+    # Its end may or may not have left, and nobody was told: they ask again.
+    world.instance.arm("lifecycle.carried_out=kill")
+    world.instance.ok("admin.vm.Remove", "gone")
+    assert world.instance.fired() == ["lifecycle.carried_out"]
+    world.instance.disarm()
+    world.instance.wait_restarted("lifecycle", pid)
+    _label_and_name_are_free(world)
+
+
+def test_a_name_in_removal_is_waited_for(world: World) -> None:
+    """Another client removes it: who makes a new one is not told of a qube that goes."""
+    uuid = world.make("leaving")
+    slow = world.sim.delay(uuid, "undefine", 0.6)
+    removal = world.later("admin.vm.Remove", "leaving")
+    world.until(lambda: not exists(world.instance, "leaving"), "it is in no list")
+    assert not removal.done()
+    world.instance.ok("admin.vm.Create.AppVM", arg="tmpl", payload=b"name=leaving label=red")
+    assert removal.result(10).kind == "ok"
+    world.sim.clear(slow)
+    assert world.uuid("leaving") != uuid
+    world.quiet()

@@ -471,6 +471,8 @@ def test_remove(w: World) -> None:
     assert begun.operation.pivoted
     assert w.view.qube("vault") is None
     assert check(w.view) == []
+    no_change(w, CreateSpec(name="vault", klass="AppVM", label="red"), "NAME_IN_REMOVAL")
+    no_change(w, CloneSpec("work", "vault"), "NAME_IN_REMOVAL")
     ended = w.end(begun.operation)
     assert names(ended.events) == ["vault:domain-remove-from-disk"]
     assert w.view.qube_any("vault") is None

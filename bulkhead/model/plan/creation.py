@@ -148,12 +148,16 @@ def begin_create(draft: Draft, operation: Operation, spec: CreateSpec, fresh: Fr
 
 
 def check_free_name(view: View, untrusted_name: str) -> str:
-    """A well-formed name that no record has, hidden ones included; INVALID_NAME, QUBE_EXISTS."""
+    """A well-formed name that no record has, hidden ones included; INVALID_NAME, QUBE_EXISTS.
+
+    NAME_IN_REMOVAL: it will be free soon; for those who remove it, it is free already.
+    """
     name = check_qube_name(untrusted_name)
     taken = view.qube_any(name)
+    if taken is not None and taken.state is RecordState.DELETING:
+        raise Refusal("NAME_IN_REMOVAL", f"A VM named {name} is still being removed", qube=name)
     if taken is not None:
-        state = {RecordState.CREATING: " (it is being made)", RecordState.DELETING: " (it is"
-                 " being removed)"}.get(taken.state, "")  # fmt: skip
+        state = " (it is being made)" if taken.state is RecordState.CREATING else ""
         raise Refusal("QUBE_EXISTS", f"A VM named {name} already exists{state}", qube=name)
     return name
 

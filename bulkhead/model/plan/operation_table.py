@@ -56,7 +56,8 @@ class OperationRow:
     pivot, it can only go forward. pre_empts: begins although others hold the qube.
     power: a power call of a running guest: begins although others hold the qube that only
     wait for the guest. patient: waits for its turn without a limit of time, since somebody
-    relies on its being done.
+    relies on its being done. carried_out: when its steps are done, it can only succeed and
+    its end changes nothing that a caller may see: the caller is told then.
     reads: services whose facts its plans and steps read: it waits for their reports, which
     are lost when the registry starts anew. Not KILL: it must get through.
     begin, end: events of the plans, in order, "|" between alternatives.
@@ -69,6 +70,7 @@ class OperationRow:
     pre_empts: bool = False
     power: bool = False
     patient: bool = False
+    carried_out: bool = False
     reads: tuple[str, ...] = ()
     begin: str = ""
     end: str = ""
@@ -145,6 +147,8 @@ _ROWS: tuple[OperationRow, ...] = (
             StepRow("undefine", cancellable=False, beside=True),
         ),
         pivots_at_begin=True,
+        # Nobody sees the record any more; its end gives back what was reserved for it.
+        carried_out=True,
         begin="domain-pre-delete, domain-delete",
         end="domain-remove-from-disk",
     ),

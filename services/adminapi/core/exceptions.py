@@ -40,6 +40,7 @@ _STORAGE = "StoragePoolException"
 _MODEL: Mapping[str, str] = {
     "QUBE_NOT_FOUND": "QubesVMNotFoundError",
     "QUBE_EXISTS": "QubesVMAlreadyExistsError",
+    "NAME_IN_REMOVAL": "QubesVMAlreadyExistsError",
     "QUBE_IN_USE": "QubesVMInUseError",
     "QUBE_QUARANTINED": _QUBE,
     "QUBE_BUSY": _QUBE,

@@ -44,6 +44,8 @@ _DEVICE_GIVEN = frozenset({"device_assign", "device_attach"})
 # Positions count everybody's events, and a past event may be of an earlier qube.
 _COUNTING = frozenset({"events_resumable"})
 _CREATES = frozenset({"create", "create_in_pool", "clone"})
+# Reasons that say that a qube of that name is there, or was a moment ago.
+_TAKEN = frozenset({"QUBE_EXISTS", "NAME_IN_REMOVAL"})
 
 
 class Judge(Policy, Protocol):
@@ -121,7 +123,7 @@ def references(request: Checked, *, argument: bool = True) -> tuple[str, ...]:
 
 def confined_reason(view: View, policy: Policy, request: Checked, reason: str) -> str:
     """The reason that a confined caller is given: not that a hidden qube has a name."""
-    if not request.confined or reason != "QUBE_EXISTS" or request.call.handler not in _CREATES:
+    if not request.confined or reason not in _TAKEN or request.call.handler not in _CREATES:
         return reason
     words = request.untrusted_payload.decode("ascii", "replace").split(" ")
     name = next((w[5:] for w in words if w.startswith("name=")), "")
