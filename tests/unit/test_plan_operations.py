@@ -589,6 +589,15 @@ def test_template_without_snapshots_and_its_disposables_exclude_each_other(w: Wo
     no_change(w, StartSpec("named"), "QUBE_ERROR")
 
 
+def test_a_template_without_snapshots_starts_beside_its_app_qubes(w: World) -> None:
+    w.do(SetVolume("tmpl", "root", revisions_to_keep=-1))
+    boot = w.start("work")
+    w.start("tmpl")
+    w.run(StoppedSpec(w.qube("work").uuid, boot))
+    # Now there is no committed state to start from.
+    no_change(w, StartSpec("work"), "QUBE_ERROR")
+
+
 def test_failed_start_before_its_pivot_is_halted_again(w: World) -> None:
     begun = w.begin(StartSpec("work"))
     ended = w.end(begun.operation, FAILED, error=BOOM)

@@ -135,12 +135,13 @@ def _check_start_vetoes(view: View, qube: Qube) -> None:
                 qube=qube.name,
             )
     if any(volume.snapshots_disabled for volume in qube.volumes):
+        # Of disposables only, as in 4.4: what an app qube runs on is a copy, which is not reached.
         for other in by_name(view.referrers("template", qube.name)):
-            if other.run.phase is not Phase.HALTED:
+            if other.klass == DISP and other.run.phase is not Phase.HALTED:
                 raise Refusal(
                     "QUBE_NOT_HALTED",
                     f"'{qube.name}' works on its data without snapshots; shut down"
-                    f" '{other.name}', which is based on it, first",
+                    f" the disposable '{other.name}', which is based on it, first",
                     qube=other.name,
                 )
     for volume in qube.volumes:
