@@ -16,7 +16,7 @@ from typing import Protocol
 
 from bulkhead import failpoints
 from bulkhead.bus.errors import BusError
-from bulkhead.model.records import Fact, PowerFact, fact_key
+from bulkhead.model.records import Fact, HostFact, PowerFact, fact_key
 
 from .core.power import HALTED
 
@@ -57,6 +57,7 @@ class Reporter:
         self._table: dict[str, Fact] = {}
         self._queue: collections.deque[Fact | _Removed] = collections.deque()
         self._complete = True
+        self._first = True  # nothing was told to this run of the registry
         self._instance = ""
         self._news = asyncio.Event()
         self._told = asyncio.Condition()
@@ -159,7 +160,7 @@ class Reporter:
         if instance == self._instance:
             return
         self._learn_epoch(await self._link.epoch())
-        self._complete = True
+        self._complete = self._first = True
         self._queue.clear()
         self._instance = instance
 
@@ -168,6 +169,9 @@ class Reporter:
             return
         if self._complete:
             facts = list(self._table.values())
+            if self._first:
+                # Who sees the host takes it that all the rest is known too.
+                facts.sort(key=lambda fact: isinstance(fact, HostFact))
             self._queue.clear()
             self._complete = False
             try:
@@ -177,6 +181,7 @@ class Reporter:
             except BaseException:
                 self._complete = True
                 raise
+            self._first = False
             self.counters["facts_complete"] += 1
             return
         while self._queue:

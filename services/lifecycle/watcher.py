@@ -76,8 +76,9 @@ class Watcher:
             self._reconcile()
             return
         view = self.executor.replica.view
-        # The first report of the hypervisor's service tells what is there, not what is new.
-        first = any(
+        # The first report of the hypervisor's service tells what is there, not what is new;
+        # where it takes several messages, the last one brings the host.
+        first = view.host is None or any(
             isinstance(change, FactPut) and isinstance(change.fact, HostFact)
             for change in entry.changes
         )

@@ -22,7 +22,7 @@ from bulkhead.api import control_pb2, registry_pb2
 from bulkhead.bus.errors import BusError
 from bulkhead.bus.events import HIDDEN_READERS
 from bulkhead.bus.server import Call
-from bulkhead.model.records import ADMINVM_NAME, Operation, WireEvent
+from bulkhead.model.records import ADMINVM_NAME, Operation, OperationState, WireEvent
 from services.registry.adapters.journal import JournalError, history
 from services.registry.checkpointer import Checkpointer
 from services.registry.core import canonical, works
@@ -264,7 +264,22 @@ class RegistryHandlers:
             list(request.removed),
             request.complete,
         )
-        return await self._do(work, call, "Facts", lambda _: registry_pb2.FactsReply())
+        reply = await self._do(work, call, "Facts", lambda _: registry_pb2.FactsReply())
+        if any(o.state is OperationState.QUEUED for o in self._engine.view.operations.values()):
+            await self._promote(call.caller)
+        return reply
+
+    async def _promote(self, caller: str) -> None:
+        """The turn of operations that could not be planned without the report.
+
+        Not part of the report: a store that is full must not keep facts out. Killed before
+        it, the registry starts without facts, and the next report leads here again.
+        """
+        origin = Origin(caller, ADMINVM_NAME, "Promote")
+        try:
+            await self._engine.submit(works.Promote(self._clock(), self._outside), origin)
+        except BusError as error:
+            self._log.warning("operations that waited for a report wait on: %s", error.message)
 
     async def announce(
         self, request: registry_pb2.AnnounceRequest, call: Call

@@ -285,6 +285,43 @@ def test_nothing_that_reads_facts_begins_before_they_are_told() -> None:
     run(work)
 
 
+def test_whose_turn_came_before_the_facts_runs_when_they_are_told() -> None:
+    """A registry that starts again has the operations, and no facts at first."""
+
+    async def work(instance: Instance) -> None:
+        lifecycle = client(instance, "lifecycle")
+        await lifecycle.take_epoch(registry_pb2.TakeEpochRequest())
+        revert = records_pb2.RevertSpec(qube="work", volume="private", revision="1-2020")
+        await reported(instance)
+        await lifecycle.begin(
+            registry_pb2.BeginRequest(
+                spec=records_pb2.OperationSpec(revert=revert), operation_id=OPERATION
+            )
+        )
+        start = records_pb2.OperationSpec(start=records_pb2.StartSpec(qube="work"))
+        waits = (await lifecycle.begin(registry_pb2.BeginRequest(spec=start))).operation
+        assert waits.state == records_pb2.OPERATION_STATE_QUEUED
+        domains = client(instance, "domains")
+        await domains.facts(registry_pb2.FactsRequest(removed=["host"]))
+        await lifecycle.end(
+            registry_pb2.EndRequest(
+                operation_id=OPERATION,
+                epoch=1,
+                outcome=records_pb2.OPERATION_STATE_SUCCEEDED,
+            )
+        )
+
+        async def state() -> Any:
+            epoch = await lifecycle.take_epoch(registry_pb2.TakeEpochRequest())
+            return [(o.id, o.state) for o in epoch.unfinished]
+
+        assert await state() == [(waits.id, records_pb2.OPERATION_STATE_QUEUED)]
+        await reported(instance)
+        assert await state() == [(waits.id, records_pb2.OPERATION_STATE_RUNNING)]
+
+    run(work)
+
+
 def test_a_quarantined_qube_is_listed_and_repaired_by_a_set() -> None:
     async def work(instance: Instance) -> None:
         admin, operator = client(instance, "adminapi"), client(instance, "operator")

@@ -86,6 +86,25 @@ def test_nothing_is_told_before_the_first_inventory(monkeypatch: pytest.MonkeyPa
     scenario(steps, monkeypatch)
 
 
+def test_the_first_picture_ends_with_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations begin as soon as the host is known: then all the rest has to be."""
+
+    async def steps(reporter: Reporter, registry: Registry, epochs: list[int]) -> None:
+        reporter.put([HostFact("sim"), *(power(f"u{n}", 1) for n in range(600))])
+        reporter.release()
+        for _ in range(2):
+            await reporter.flushed(5)
+            told = [fact for put, _, _ in registry.messages for fact in put]
+            assert len(registry.messages) == 3 and len(told) == 601
+            assert told[-1] == HostFact("sim")
+            registry.messages.clear()
+            registry.restart()
+            while not registry.messages:
+                await asyncio.sleep(0.01)
+
+    scenario(steps, monkeypatch)
+
+
 def test_changes_arrive_in_order_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
     async def steps(reporter: Reporter, registry: Registry, epochs: list[int]) -> None:
         reporter.release()

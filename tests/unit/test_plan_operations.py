@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 from bulkhead.model.invariants import check
-from bulkhead.model.plan import PlanRefused, plan_advance, plan_begin, plan_cancel, plan_end
+from bulkhead.model.plan import (
+    PlanRefused,
+    plan_advance,
+    plan_begin,
+    plan_cancel,
+    plan_end,
+    plan_promote,
+)
 from bulkhead.model.plan.base import Draft, problem_of
 from bulkhead.model.plan.operation_table import OPERATIONS
 from bulkhead.model.plan.operations import _BEGINS, _ENDS
@@ -17,6 +24,7 @@ from bulkhead.model.records import (
     HALTED,
     Assignment,
     FactPut,
+    FactRemoved,
     KernelFact,
     Operation,
     OperationPut,
@@ -1037,6 +1045,31 @@ def test_one_holder_then_in_order(w: World) -> None:
     assert [(o.id, o.state) for o in ended.promoted] == [(third.id, OperationState.RUNNING)]
     assert names(ended.events) == ["work:domain-pre-start"]
     assert w.qube("work").run.boot_id == third.data["boot_id"]
+
+
+def test_a_turn_waits_for_the_facts_that_its_plan_reads(w: World) -> None:
+    """As a registry that has just started has none: nothing looks paused then."""
+    w.start("work", "paused")
+    facts = [FactPut(fact) for fact in w.view.facts().values()]
+    holder = w.begin(ResizeSpec("work", "private", 2**32)).operation
+    unpause = w.begin(UnpauseSpec("work")).operation
+    revert = w.begin(RevertSpec("work", "private")).operation
+    w.view.apply_all([FactRemoved(key) for key in list(w.view.facts())])
+    assert w.end(holder).promoted == ()
+    assert w.view.operations[unpause.id].state is OperationState.QUEUED
+    # Who asked later does not pass it, and the time is bounded: the reason says by what.
+    assert w.view.operations[revert.id].state is OperationState.QUEUED
+    refusal = waited_too_long(Draft(w.view), unpause, 60.0)
+    assert refusal.reason == "FACTS_MISSING"
+    assert "UNPAUSE of 'work' waited 60 s for what domains knows" in refusal.message
+    assert plan_promote(w.view, now=w.time).changes == ()
+    w.view.apply_all(facts)
+    plan = plan_promote(w.view, now=w.time)
+    assert names(plan.events) == ["work:domain-pre-unpaused"]
+    w.view.apply_all(plan.changes)
+    assert w.view.operations[unpause.id].state is OperationState.RUNNING
+    assert w.view.operations[revert.id].state is OperationState.QUEUED
+    assert plan_promote(w.view, now=w.time).changes == ()
 
 
 def test_refused_at_its_turn_makes_place_for_the_next(w: World) -> None:

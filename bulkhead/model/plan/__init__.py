@@ -9,12 +9,19 @@ plan_preload(view, marks, source, *, now)         dispvm's marks
 plan_begin(view, spec, *, operation_id, source, now, boot_id, new_uuid, random, ...)
 plan_advance(view, operation, *, now, events, ...)
 plan_end(view, operation, outcome, *, now, error, result, events, follow_up, ...)
+plan_promote(view, *, now, ...)
 plan_cancel(view, operation_id, *, now)
 """
 
 from bulkhead.model.plan.base import BeginPlan, EndPlan, Plan, PlanRefused
 from bulkhead.model.plan.mutation import plan_mutation, plan_preload
-from bulkhead.model.plan.operations import plan_advance, plan_begin, plan_cancel, plan_end
+from bulkhead.model.plan.operations import (
+    plan_advance,
+    plan_begin,
+    plan_cancel,
+    plan_end,
+    plan_promote,
+)
 
 __all__ = [
     "BeginPlan",
@@ -27,4 +34,5 @@ __all__ = [
     "plan_end",
     "plan_mutation",
     "plan_preload",
+    "plan_promote",
 ]

@@ -24,7 +24,7 @@ from bulkhead.model.plan.base import (
     problem_of,
 )
 from bulkhead.model.plan.creation import Fresh
-from bulkhead.model.plan.operation_table import OPERATIONS
+from bulkhead.model.plan.operation_table import OPERATIONS, unreported
 from bulkhead.model.plan.queue import (
     FOLLOWS,
     blockers,
@@ -466,14 +466,17 @@ def _promote(
     random: Callable[[int], int],
     recent_dispids: Container[int],
 ) -> tuple[Operation, ...]:
-    """Begin whoever waited and may run now; one that is refused makes place for the next."""
+    """Begin whoever waited and may run now; one that is refused makes place for the next.
+
+    One whose facts are not reported keeps its place: plan_promote() comes with the report.
+    """
     touched: dict[str, None] = dict.fromkeys(subjects)
     promoted: dict[str, Operation] = {}
     progress = True
     while progress:
         progress = False
         for operation in waiting(draft, list(touched)):
-            if not may_run(draft, operation):
+            if unreported(draft.view, operation.kind) or not may_run(draft, operation):
                 continue
             fresh = Fresh(
                 operation.id,
@@ -503,6 +506,21 @@ def _promote(
             progress = True
             break
     return tuple(promoted.values())
+
+
+def plan_promote(
+    view: View,
+    *,
+    now: float,
+    random: Callable[[int], int] = creation._no_random,
+    recent_dispids: Container[int] = (),
+) -> Plan:
+    """Begin whoever could not when his turn came, since what he reads was not reported then."""
+    draft = Draft(view, now=now)
+    waits = [o for o in view.operations.values() if o.state is OperationState.QUEUED]
+    promoted = _promote(draft, [s for o in waits for s in o.subjects], random, recent_dispids)
+    draft.audit["promoted"] = " ".join(operation.id for operation in promoted)
+    return draft.plan()
 
 
 # ---- cancel

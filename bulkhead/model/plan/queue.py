@@ -3,7 +3,8 @@
 Owns the locking rules of operations. Must not know what an operation does. Invariant: a
 subject has at most one holder, apart from operations that pre-empt and from those that
 only wait for a guest, which power calls pass; those that wait run in the order in which
-they asked, each only once all its subjects are free; nobody waits behind an import whose
+they asked, each only once all its subjects are free and the facts that it reads are
+reported; nobody waits behind an import whose
 data may never come, and nobody whose caller waits does so without a limit of time.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from bulkhead.model.plan.base import Draft, queue_place
-from bulkhead.model.plan.operation_table import OPERATIONS
+from bulkhead.model.plan.operation_table import OPERATIONS, unreported
 from bulkhead.model.records import Operation, OperationState
 from bulkhead.model.refusal import Refusal
 
@@ -84,6 +85,9 @@ def may_wait_for_ever(operation: Operation) -> bool:
 def waited_too_long(draft: Draft, operation: Operation, seconds: float) -> Refusal:
     """The refusal of an operation that is still QUEUED after so long; names the holder."""
     waits_for = blockers(draft, operation)
+    service = unreported(draft.view, operation.kind)
+    if service and may_run(draft, operation):
+        return _untold(draft, operation, service, seconds)
     holder = next((o for o in waits_for if o.state is not OperationState.QUEUED), None)
     if holder is None:
         holder = waits_for[0] if waits_for else operation
@@ -97,6 +101,20 @@ def waited_too_long(draft: Draft, operation: Operation, seconds: float) -> Refus
         qube=name,
         operation=holder.id,
         kind=holder.kind,
+    )
+
+
+def _untold(draft: Draft, operation: Operation, service: str, seconds: float) -> Refusal:
+    """Nobody is in its way, but what it reads is not known."""
+    qube = draft.find(operation.subjects[0])
+    name = qube.name if qube is not None else operation.subjects[0]
+    return Refusal(
+        "FACTS_MISSING",
+        f"{operation.kind} of '{name}' waited {seconds:.0f} s for what {service} knows of the"
+        f" host and was not begun; see 'bulkhead status' for {service}, then try again",
+        qube=name,
+        service=service,
+        kind=operation.kind,
     )
 
 

@@ -31,8 +31,8 @@ OWNERS: dict[str, str] = {
     "kernel": "storage",
     "pool": "storage",
 }
-# Every report begins with the host.
-_FIRST = "host"
+# The first report ends with the host: what came before it was known, not new.
+_LAST = "host"
 # Facts are in memory only; a runaway owner must not fill it.
 LIMIT = 200_000
 
@@ -97,7 +97,7 @@ def device_events(view: View, changes: Iterable[Change]) -> tuple[WireEvent, ...
     Per backend and class: the list has changed, who lost a device, which are gone, which
     are new. Nothing before the first report: then devices are known, not new.
     """
-    if _FIRST not in view.facts():
+    if _LAST not in view.facts():
         return ()
     gone: dict[tuple[str, str], list[DeviceFact]] = {}
     new: dict[tuple[str, str], list[DeviceFact]] = {}

@@ -14,8 +14,15 @@ from dataclasses import dataclass, replace
 from bulkhead.model.plan.base import Plan, PlanRefused
 from bulkhead.model.plan.mutation import plan_mutation, plan_preload
 from bulkhead.model.plan.operation_table import unreported
-from bulkhead.model.plan.operations import plan_advance, plan_begin, plan_cancel, plan_end
+from bulkhead.model.plan.operations import (
+    plan_advance,
+    plan_begin,
+    plan_cancel,
+    plan_end,
+    plan_promote,
+)
 from bulkhead.model.records import (
+    ADMINVM_NAME,
     Change,
     Fact,
     Operation,
@@ -397,6 +404,33 @@ class Facts:
     def plan(self, view: View, _now: Numbers) -> Planned:
         changes = plan_facts(view, self.caller, self.put, self.removed, self.complete)
         return Planned(changes, device_events(view, changes), durable=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Promote:
+    """After a report: the turn of whoever could not be planned without it."""
+
+    now: float
+    outside: Outside
+
+    def plan(self, view: View, now: Numbers) -> Planned:
+        plan = plan_promote(
+            view,
+            now=self.now,
+            random=self.outside.random,
+            recent_dispids=self.outside.recent_dispids,
+        )
+        if not plan.changes:
+            return Planned(durable=False)
+        changes, _ = with_applies(
+            view,
+            plan,
+            revision=now.revision + 1,
+            source=ADMINVM_NAME,
+            now=self.now,
+            outside=self.outside,
+        )
+        return Planned(changes, plan.events, result=told(plan))
 
 
 @dataclass(frozen=True, slots=True)
