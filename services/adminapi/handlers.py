@@ -19,6 +19,7 @@ from bulkhead.bus.events import Entry, ReplicaRunner
 from bulkhead.extensions import Extension
 from bulkhead.model import specs
 from bulkhead.model.evaluate import evaluate, is_leftover
+from bulkhead.model.naming import with_names
 from bulkhead.model.records import (
     ADMINVM_NAME,
     Operation,
@@ -277,8 +278,9 @@ class AdminApi:
         except (Refusal, WireRefusal, OperationFailed, BusError) as error:
             self.counters["refused"] += 1
             reason = confined_reason(self._backend.view, self._policy, request, error.reason)
-            data = refuse(reason, error.message, method=method, restricted=request.restricted)
-            result = f"{error.reason}: {error.message}"
+            message = with_names(self._backend.view, error.message)
+            data = refuse(reason, message, method=method, restricted=request.restricted)
+            result = f"{error.reason}: {message}"
         except asyncio.CancelledError:
             self._note_call(request, "refused", "OUTCOME_UNKNOWN: the service stopped")
             peer.reply(

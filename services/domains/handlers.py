@@ -126,7 +126,7 @@ class QubeQueue:
         if self._users[uuid] > self._waiters:
             raise DomainsError(
                 "DOMAIN_BUSY",
-                f"{self._waiters} calls wait for the domain {uuid} already; try again later.",
+                f"{self._waiters} calls wait for the domain of {uuid} already; try again later.",
                 uuid=uuid,
             )
         self._users[uuid] += 1
@@ -190,6 +190,8 @@ class DomainsHandlers:
         self._tasks: set[asyncio.Task[None]] = set()
         self._watched: set[str] = set()
         self._agents: set[tuple[str, str]] = set()
+        # (qube, boot) -> boot of its network backend when the interface was plugged.
+        self._plugged: dict[tuple[str, str], str] = {}
         self._adopting: asyncio.Task[None] | None = None
 
     # ---- life of the service
@@ -332,6 +334,7 @@ class DomainsHandlers:
         reports = self._tracker.gone(uuid, boot_id, self._base(), reason)
         self._reporter.put(reports)
         self._agents.discard((uuid, boot_id))
+        self._plugged.pop((uuid, boot_id), None)
         self._ledger.release(boot_id)
         if reports:
             self._devices.gone(uuid)
@@ -577,6 +580,8 @@ class DomainsHandlers:
             await self._memory_manager.release(spec.boot_id)
         failpoints.hit("domains.create.after")
         self._apply(spec.uuid, domain)
+        for interface in spec.interfaces:
+            self._note_plugged(domain, interface)
         if self._tracker.buried(spec.uuid, spec.boot_id):
             self._refuse_buried(spec)
         return domain
@@ -801,6 +806,26 @@ class DomainsHandlers:
 
     # ---- devices and memory
 
+    def _note_plugged(self, domain: Domain, interface: specs.InterfaceSpec) -> None:
+        known = self._tracker.current(interface.backend_uuid)
+        if known is not None:
+            self._plugged[domain.uuid, domain.boot_id] = known.boot_id
+
+    def _is_dead(self, domain: Domain, interface: specs.InterfaceSpec) -> bool:
+        """An interface that is there hangs at an earlier boot of its backend.
+
+        The hypervisor does not tell: both have the backend's name. What another run of this
+        service plugged is as old as the guest.
+        """
+        backend = self._tracker.current(interface.backend_uuid)
+        if backend is None:
+            return False
+        plugged = self._plugged.get((domain.uuid, domain.boot_id))
+        if plugged is not None:
+            return plugged != backend.boot_id
+        began, since = domain.sighting.start_time, backend.start_time
+        return began is not None and since is not None and since > began
+
     @_answers
     async def attach_interface(
         self, request: domains_pb2.AttachInterfaceRequest, call: Call
@@ -812,7 +837,10 @@ class DomainsHandlers:
             domain = await self._bound(request.boot, call)
             if not call.validate_only:
                 failpoints.hit("domains.attach.before")
-                await self._hypervisor.attach_interface(domain.uuid, interface, self._left(call))
+                await self._hypervisor.attach_interface(
+                    domain.uuid, interface, self._left(call), anew=self._is_dead(domain, interface)
+                )
+                self._note_plugged(domain, interface)
                 failpoints.hit("domains.attach.after")
         return domains_pb2.AttachInterfaceReply()
 
@@ -820,14 +848,14 @@ class DomainsHandlers:
     async def detach_interface(
         self, request: domains_pb2.DetachInterfaceRequest, call: Call
     ) -> domains_pb2.DetachInterfaceReply:
-        """Unplug an interface; a boot that is gone has none."""
+        """Unplug interfaces, with a backend only those at it; a boot that is gone has none."""
         self._admit(call)
-        interface = specs.check_interface(messages.interface_from(request.interface))
+        backend = specs.check_backend(request.interface.backend)
         async with self._queue.turn(request.boot.uuid):
             domain = await self._bound_or_gone(request.boot, call)
             if domain is not None and not call.validate_only:
                 failpoints.hit("domains.detach.before")
-                await self._hypervisor.detach_interface(domain.uuid, interface, self._left(call))
+                await self._hypervisor.detach_interface(domain.uuid, backend, self._left(call))
                 failpoints.hit("domains.detach.after")
         return domains_pb2.DetachInterfaceReply()
 

@@ -23,6 +23,7 @@ from bulkhead.bus.client import CallContext
 from bulkhead.bus.errors import BusError
 from bulkhead.bus.events import Entry, ReplicaRunner
 from bulkhead.failpoints import hit
+from bulkhead.model.naming import with_names
 from bulkhead.model.plan.operation_table import OPERATIONS, StepRow, unreported
 from bulkhead.model.records import Operation, OperationPut, OperationState, Problem, WireEvent
 from bulkhead.model.refusal import Refusal
@@ -462,7 +463,8 @@ class Executor:
                 return outcome
             except (BusError, Refusal, StepFailed) as error:
                 attempts += 1
-                failure = Failure(problem_of(error), attempts, time.monotonic() - began)
+                problem = problem_of(self.replica.view, error)
+                failure = Failure(problem, attempts, time.monotonic() - began)
             move = saga.after_failure(operation, failure)
             log.warning(
                 "%s %s: step %s failed (%s), %s",
@@ -609,11 +611,12 @@ class Executor:
                 await asyncio.sleep(saga.retry_delay(attempts))
 
 
-def problem_of(error: BusError | Refusal | StepFailed) -> Problem:
-    """A failure as the value that is stored with the operation."""
+def problem_of(view: View, error: BusError | Refusal | StepFailed) -> Problem:
+    """A failure as the value that is stored with the operation, and told to its caller."""
     if isinstance(error, StepFailed):
         return error.problem
-    return Problem(error.code, error.reason, error.message, dict(error.metadata))
+    message = with_names(view, error.message)
+    return Problem(error.code, error.reason, message, dict(error.metadata))
 
 
 def _events_of(step: StepRow, view: View, operation: Operation) -> Sequence[WireEvent]:

@@ -264,14 +264,16 @@ def test_a_new_netvm_of_a_running_qube_is_in_force_at_once(world: World) -> None
     world.instance.ok("admin.vm.Start", "mover")
     ip = world.instance.ok("admin.vm.property.Get", "mover", "ip").split(" ")[-1]
 
-    def keys(netvm: str) -> str:
+    def passes(netvm: str) -> bool:
         folder = world.instance.settings.service_dir("domains") / "guest-keys"
-        path = next(path for path in folder.iterdir() if world.uuid(netvm) in path.name)
-        return path.read_text()
+        keys = json.loads((folder / f"{world.uuid(netvm)}.json").read_text())["keys"]
+        connected = ip in keys["/connected-ips"].split()
+        assert connected == (f"/qubes-firewall/{ip}/0000" in keys)
+        return connected
 
-    assert ip in keys("first") and ip not in keys("second")
+    assert passes("first") and not passes("second")
     world.instance.ok("admin.vm.property.Set", "mover", "netvm", b"second")
-    assert ip in keys("second") and ip not in keys("first")
+    assert passes("second") and not passes("first")
     world.quiet()
     world.instance.ok("admin.vm.property.Set", "mover", "netvm", b"")
     world.until(
@@ -334,4 +336,18 @@ def test_a_name_in_removal_is_waited_for(world: World) -> None:
     assert removal.result(10).kind == "ok"
     world.sim.clear(slow)
     assert world.uuid("leaving") != uuid
+    world.quiet()
+
+
+def test_what_the_hypervisor_says_of_a_uuid_is_told_of_a_name(world: World) -> None:
+    """libvirt and the services know qubes by uuid; who reads the message does not."""
+    uuid = world.make("named")
+    world.instance.ok("admin.vm.Start", "named")
+    said = f"Domain not found: no domain with matching uuid '{uuid}' ({uuid})"
+    fault = world.sim.fail("named", "pause", kind="not-found", message=said)
+    reply = world.instance.call("admin.vm.Pause", "named")
+    world.sim.clear(fault)
+    assert reply.kind == "exc" and uuid not in reply.message
+    assert "no domain with matching uuid 'named' (named)" in reply.message
+    world.instance.ok("admin.vm.Kill", "named")
     world.quiet()

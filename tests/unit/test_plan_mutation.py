@@ -28,6 +28,7 @@ from bulkhead.model.specs import (
     PreloadMarks,
     RemoveFeature,
     RemoveLabel,
+    RemoveSpec,
     RemoveTag,
     ResetProperty,
     SetAssignment,
@@ -273,7 +274,35 @@ def test_netvm_of_a_running_qube_connects_and_is_live(w: World) -> None:
         "vault:property-set:netvm",
     ]
     assert plan.live == (w.qube("vault").uuid,)
-    assert w.set("work", "netvm", "").live == ()
+    assert plan.beside == frozenset()
+
+
+def test_netvms_know_of_clients_that_do_not_run(w: World) -> None:
+    w.start("sys-net")
+    netvm = w.qube("sys-net").uuid
+    for plan in (
+        w.set("work", "netvm", ""),
+        w.set("work", "netvm", "sys-net"),
+        w.do(ResetProperty("work", "netvm")),
+        w.set("", "default_netvm", "sys-net"),
+        w.set("", "default_netvm", ""),
+    ):
+        # Nobody waits for a netvm that may be busy because of a qube that is off.
+        assert plan.live == (netvm,) and plan.beside == {netvm}
+    w.set("work", "netvm", "sys-net")
+    removal = w.begin(RemoveSpec("work"))
+    assert removal.live == (netvm,)
+
+
+def test_a_relay_knows_its_remote_qubes_as_they_are_now(w: World) -> None:
+    w.set("far", "relayvm", "work")
+    w.start("work")
+    relay = (w.qube("work").uuid,)
+    assert w.set("far", "remote_name", "there").live == relay
+    assert w.do(ResetProperty("far", "remote_name")).live == relay
+    assert w.set("far", "relayvm", "").live == relay
+    w.set("far", "relayvm", "work")
+    assert w.begin(RemoveSpec("far")).live == relay
 
 
 def test_paused_qube_gets_its_netvm_when_it_runs_again(w: World) -> None:
@@ -288,7 +317,7 @@ def test_paused_qube_gets_its_netvm_when_it_runs_again(w: World) -> None:
         "work:domain-feature-set:deferred-netvm-original",
         "work:property-set:netvm",
     ]
-    assert plan.live == ()
+    assert plan.live == (w.qube("sys-net").uuid,) and plan.beside
     assert w.qube("work").features["deferred-netvm-original"] == "sys-net"
     w.set("work", "netvm", "sys-net")
     w.set("work", "netvm", "")

@@ -45,14 +45,15 @@ class Plan:
     """A finished plan.
 
     changes in the order of application; events finished and in wire order; result for
-    the caller; live: uuids of qubes that run and need an APPLY; audit: what was asked
-    and what it replaced, without secrets.
+    the caller; live: uuids of qubes that run and need an APPLY; beside: those of them that
+    the caller does not wait for; audit: what was asked and what it replaced, without secrets.
     """
 
     changes: tuple[Change, ...] = ()
     events: tuple[WireEvent, ...] = ()
     result: Mapping[str, str] = field(default_factory=_nothing)
     live: tuple[str, ...] = ()
+    beside: frozenset[str] = frozenset()
     audit: Mapping[str, str] = field(default_factory=_nothing)
 
 
@@ -101,7 +102,7 @@ class Draft:
         self.result: dict[str, str] = {}
         # What was touched, in the order of first touch: key -> change.
         self._changes: dict[tuple[str, str], Change] = {}
-        self._live: dict[str, None] = {}
+        self._live: dict[str, bool] = {}  # uuid: the caller waits for it
 
     # ---- records
 
@@ -190,10 +191,13 @@ class Draft:
         """Append finished events."""
         self.events.extend(events)
 
-    def live(self, qube: Qube) -> None:
-        """The change matters to a running qube: it needs an APPLY unless it is HALTED."""
+    def live(self, qube: Qube, *, awaited: bool = True) -> None:
+        """The change matters to a running qube: it needs an APPLY unless it is HALTED.
+
+        awaited: whoever asked for the change waits until it is there.
+        """
         if qube.run.phase is not Phase.HALTED:
-            self._live[qube.uuid] = None
+            self._live[qube.uuid] = awaited or self._live.get(qube.uuid, False)
 
     # ---- result
 
@@ -214,6 +218,7 @@ class Draft:
             events=tuple(self.events),
             result=dict(self.result),
             live=self.live_uuids,
+            beside=frozenset(uuid for uuid, awaited in self._live.items() if not awaited),
             audit=dict(self.audit),
         )
 

@@ -22,7 +22,11 @@ from bulkhead.model.plan.features import (
     preload_maximum,
 )
 from bulkhead.model.plan.marks import add_tag, owner_tag, set_feature
-from bulkhead.model.plan.properties import DEFERRED_NETVM, tagged_properties
+from bulkhead.model.plan.properties import (
+    DEFERRED_NETVM,
+    qube_is_forgotten,
+    tagged_properties,
+)
 from bulkhead.model.plan.tags import CREATED_BY, add_created_by
 from bulkhead.model.plan.volumes import (
     inherited_volume,
@@ -486,6 +490,7 @@ def begin_remove(draft: Draft, operation: Operation, spec: RemoveSpec, fresh: Fr
     check_unused(view, qube)
     if qube.klass == DISP:
         leave_list(draft, qube)
+    qube_is_forgotten(draft, qube)
     draft.put(replace(qube, state=RecordState.DELETING))
     draft.emit(about(events.domain_delete(qube), qube))
     return replace(operation, data={**operation.data, "name": qube.name, "uuid": qube.uuid})

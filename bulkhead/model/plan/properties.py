@@ -157,8 +157,12 @@ def _consequences(draft: Draft, qube: Qube, row: PropertyRow, new: Value, old: O
             keep_one_tag(draft, qube, name, str(new or ""))
             if name == "relayvm":
                 _relays_changed(draft, new, old)
+        case "remote_name":
+            _relays_changed(draft, qube.properties.get("relayvm", ""))
         case "netvm":
             _connected(draft, qube, new)
+            if qube.run.phase is Phase.HALTED or _paused(view, qube):
+                _clients_changed(draft, new, old)
         case "ip" | "ip6":
             _address_changed(draft, qube, name)
         case "keyboard_layout":
@@ -186,6 +190,22 @@ def _relays_changed(draft: Draft, *relays: OldValue) -> None:
         relay = draft.view.qube(name) if isinstance(name, str) and name else None
         if relay is not None:
             draft.live(relay)
+
+
+def _clients_changed(draft: Draft, *netvms: OldValue) -> None:
+    """Netvms know all their clients, also those that do not run or sleep; nobody waits for
+    a netvm because of one that has no use for it now."""
+    for name in netvms:
+        netvm = draft.view.qube(name) if isinstance(name, str) and name else None
+        if netvm is not None:
+            draft.live(netvm, awaited=False)
+
+
+def qube_is_forgotten(draft: Draft, qube: Qube) -> None:
+    """A qube is being removed: neither its relay nor its netvm know it from now on."""
+    _relays_changed(draft, qube.properties.get("relayvm", ""))
+    if _has(qube, "netvm"):
+        _clients_changed(draft, evaluate(draft.view, qube, "netvm"))
 
 
 def children(view: View, template: Qube) -> Iterator[Qube]:
@@ -349,6 +369,7 @@ def _after_system(draft: Draft, name: str, new: Value, old: OldValue) -> None:
     view = draft.view
     match name:
         case "default_netvm":
+            _clients_changed(draft, new, old)
             for qube in by_name(uses_default_netvm(view)):
                 _connected(draft, qube, new)
                 if new != old:

@@ -159,11 +159,14 @@ class Hypervisor(Protocol):
     async def undefine(self, uuid: str, timeout: float) -> None:
         """Forget a persistent definition, if there is one."""
 
-    async def attach_interface(self, uuid: str, interface: InterfaceSpec, timeout: float) -> None:
-        """Plug; nothing happens when an interface with that MAC is there."""
+    async def attach_interface(
+        self, uuid: str, interface: InterfaceSpec, timeout: float, *, anew: bool = False
+    ) -> None:
+        """The guest's one interface is this. What hangs at another backend, or has other
+        addresses, is unplugged first; with anew also the same one, whose other end is gone."""
 
-    async def detach_interface(self, uuid: str, interface: InterfaceSpec, timeout: float) -> None:
-        """Unplug by MAC; nothing happens when there is none."""
+    async def detach_interface(self, uuid: str, backend: str, timeout: float) -> None:
+        """Unplug what hangs at the backend of that name, "" = at any; there may be none."""
 
     async def attach_disk(self, uuid: str, disk: DiskSpec, timeout: float) -> None:
         """Plug; nothing happens when target has that path. EXISTS when it has another."""

@@ -20,6 +20,7 @@ import libvirt
 
 from bulkhead.model.records import DeviceFact
 from services.domains.core.devices import pci_fact
+from services.domains.core.plugging import Plugging
 from services.domains.core.power import PMSUSPENDED, RUNNING, power_of, stop_reason_of
 from services.domains.core.spec import DiskSpec, DomainSpec, InterfaceSpec
 from services.domains.core.tracker import Sighting
@@ -401,20 +402,31 @@ class LibvirtHypervisor:
 
     # ---- devices and memory
 
-    async def attach_interface(self, uuid: str, interface: InterfaceSpec, timeout: float) -> None:
+    async def attach_interface(
+        self, uuid: str, interface: InterfaceSpec, timeout: float, *, anew: bool = False
+    ) -> None:
         text = interface_fragment(interface, self._flavour)
+        wanted = Plugging.of(ET.fromstring(text))
 
         def call(domain: libvirt.virDomain) -> None:
-            if _interface(domain, interface.mac) is None:
-                domain.attachDeviceFlags(text, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+            present = _interfaces(domain)
+            if not anew and [Plugging.of(nic).same(wanted) for nic in present] == [True]:
+                return
+            for nic in present:
+                _detach(domain, nic)
+            if _interfaces(domain):
+                raise HypervisorError(
+                    Failure.BUSY, f"{domain.name()} has not yet let go of its network interface"
+                )
+            domain.attachDeviceFlags(text, libvirt.VIR_DOMAIN_AFFECT_LIVE)
 
         await self._on_domain(uuid, call, timeout)
 
-    async def detach_interface(self, uuid: str, interface: InterfaceSpec, timeout: float) -> None:
+    async def detach_interface(self, uuid: str, backend: str, timeout: float) -> None:
         def call(domain: libvirt.virDomain) -> None:
-            present = _interface(domain, interface.mac)
-            if present is not None:
-                _detach(domain, present)
+            for present in _interfaces(domain):
+                if not backend or Plugging.of(present).backend == backend:
+                    _detach(domain, present)
 
         await self._on_domain(uuid, call, timeout)
 
@@ -541,12 +553,8 @@ def _disk(domain: libvirt.virDomain, target: str) -> ET.Element | None:
     return None
 
 
-def _interface(domain: libvirt.virDomain, mac: str) -> ET.Element | None:
-    for interface in ET.fromstring(domain.XMLDesc()).findall("devices/interface"):
-        element = interface.find("mac")
-        if element is not None and (element.get("address") or "").lower() == mac.lower():
-            return interface
-    return None
+def _interfaces(domain: libvirt.virDomain) -> list[ET.Element]:
+    return ET.fromstring(domain.XMLDesc()).findall("devices/interface")
 
 
 def _detach(domain: libvirt.virDomain, element: ET.Element) -> None:

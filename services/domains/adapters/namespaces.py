@@ -199,13 +199,15 @@ class WithNamespaces:
         if uuid not in self._domains:
             await self.behind.undefine(uuid, timeout)
 
-    async def attach_interface(self, uuid: str, interface: InterfaceSpec, timeout: float) -> None:
+    async def attach_interface(
+        self, uuid: str, interface: InterfaceSpec, timeout: float, *, anew: bool = False
+    ) -> None:
         if uuid not in self._domains:
-            await self.behind.attach_interface(uuid, interface, timeout)
+            await self.behind.attach_interface(uuid, interface, timeout, anew=anew)
 
-    async def detach_interface(self, uuid: str, interface: InterfaceSpec, timeout: float) -> None:
+    async def detach_interface(self, uuid: str, backend: str, timeout: float) -> None:
         if uuid not in self._domains:
-            await self.behind.detach_interface(uuid, interface, timeout)
+            await self.behind.detach_interface(uuid, backend, timeout)
 
     def _no_disks(self, uuid: str) -> bool:
         if uuid not in self._domains:

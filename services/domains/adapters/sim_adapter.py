@@ -256,11 +256,15 @@ class SimHypervisor:
     async def undefine(self, uuid: str, timeout: float) -> None:
         await self._call("undefine", timeout, uuid=uuid)
 
-    async def attach_interface(self, uuid: str, interface: InterfaceSpec, timeout: float) -> None:
-        await self._call("attach_interface", timeout, uuid=uuid, interface=asdict(interface))
+    async def attach_interface(
+        self, uuid: str, interface: InterfaceSpec, timeout: float, *, anew: bool = False
+    ) -> None:
+        await self._call(
+            "attach_interface", timeout, uuid=uuid, interface=asdict(interface), anew=anew
+        )
 
-    async def detach_interface(self, uuid: str, interface: InterfaceSpec, timeout: float) -> None:
-        await self._call("detach_interface", timeout, uuid=uuid, interface=asdict(interface))
+    async def detach_interface(self, uuid: str, backend: str, timeout: float) -> None:
+        await self._call("detach_interface", timeout, uuid=uuid, backend=backend)
 
     async def attach_disk(self, uuid: str, disk: DiskSpec, timeout: float) -> None:
         await self._call("attach_disk", timeout, uuid=uuid, disk=asdict(disk))

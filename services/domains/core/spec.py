@@ -206,6 +206,13 @@ def check_disk(untrusted_disk: DiskSpec) -> DiskSpec:
     return disk
 
 
+def check_backend(untrusted_backend: str) -> str:
+    """A backend's name itself, "" = any. DomainsError INVALID_DOMAIN_SPEC when it is none."""
+    if untrusted_backend:
+        _match("interface.backend", untrusted_backend, NAME, "it is no qube name")
+    return untrusted_backend
+
+
 def check_interface(untrusted_interface: InterfaceSpec) -> InterfaceSpec:
     """The interface itself, checked. DomainsError INVALID_DOMAIN_SPEC otherwise."""
     interface = untrusted_interface

@@ -119,7 +119,7 @@ class Machine:
             raise SimError("exists", f"domain {present.name} exists with boot {present.boot_id}")
         twin = next((d for d in self._domains.values() if d.name == spec["name"]), None)
         if twin is not None:
-            raise SimError("exists", f"domain name {twin.name} is in use by uuid {twin.uuid}")
+            raise SimError("exists", f"domain name {twin.name} is in use by {twin.uuid}")
         memory = int(spec["memory_mib"])
         free = MEMORY_MIB - sum(domain.memory for domain in self._domains.values())
         if memory > free:
@@ -143,7 +143,7 @@ class Machine:
             start_time=self._now(),
             console=str(spec["console_log"]) or f"sim/console/{xid}",
             disks={disk["target"]: dict(disk) for disk in spec["disks"]},
-            interfaces={nic["mac"].lower(): dict(nic) for nic in spec["interfaces"]},
+            interfaces=self._plugged(spec["interfaces"]),
             spec=spec,
         )
         self._domains[uuid] = domain
@@ -230,11 +230,32 @@ class Machine:
             raise SimError("invalid", f"domain {domain.name} has no disk {target}")
         disk["size"] = size
 
-    def attach_interface(self, uuid: str, interface: dict[str, Any]) -> None:
-        self._need(uuid).interfaces.setdefault(interface["mac"].lower(), dict(interface))
+    def attach_interface(self, uuid: str, interface: dict[str, Any], anew: bool = False) -> None:
+        domain = self._need(uuid)
+        present = domain.interfaces.get(interface["mac"].lower())
+        if (
+            not anew
+            and present is not None
+            and len(domain.interfaces) == 1
+            and all(present[key] == interface[key] for key in ("backend", "ip", "ip6"))
+        ):
+            return
+        domain.interfaces = self._plugged([interface])
 
-    def detach_interface(self, uuid: str, interface: dict[str, Any]) -> None:
-        self._need(uuid).interfaces.pop(interface["mac"].lower(), None)
+    def detach_interface(self, uuid: str, backend: str) -> None:
+        domain = self._need(uuid)
+        domain.interfaces = {
+            mac: nic
+            for mac, nic in domain.interfaces.items()
+            if backend and nic["backend"] != backend
+        }
+
+    def _plugged(self, interfaces: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """By MAC; each with the boot of its backend that it is plugged into."""
+        return {
+            nic["mac"].lower(): {**nic, "backend_boot": self.boot_of(nic["backend_uuid"])}
+            for nic in interfaces
+        }
 
     def set_memory(self, uuid: str, memory_mib: int, maxmem_mib: int) -> None:
         domain = self._need(uuid)
@@ -328,7 +349,7 @@ class Machine:
     def _need(self, uuid: str) -> SimDomain:
         domain = self._domains.get(uuid)
         if domain is None:
-            raise SimError("not-found", f"no domain has the uuid {uuid}")
+            raise SimError("not-found", f"there is no domain of {uuid}")
         return domain
 
     def _stop_clock(self, domain: SimDomain) -> None:

@@ -51,8 +51,7 @@ def boot_tree(view: View, qube: Qube, *, timezone: str, seed: bytes) -> Tree:
     keys.append(("/qubes-random-seed", base64.b64encode(hashlib.sha512(seed).digest()).decode()))
     keys.extend(_provider(view, qube))
     keys.extend(_client(view, qube))
-    if timezone and not truthy(view, qube, "anon-timezone", "template"):
-        keys.append(("/qubes-timezone", timezone))
+    keys.extend(_timezone(view, qube, timezone))
     keys.append(("/qubes-block-devices", ""))
     keys.append(("/qubes-usb-devices", ""))
     keys.extend(_kind(view, qube))
@@ -64,9 +63,11 @@ def boot_tree(view: View, qube: Qube, *, timezone: str, seed: bytes) -> Tree:
     return _checked(keys)
 
 
-def network_tree(view: View, qube: Qube) -> Tree:
-    """The network part, rewritten when the netvm of a running qube changes."""
+def core_tree(view: View, qube: Qube, *, timezone: str) -> Tree:
+    """What the core itself writes, again: when the netvm of a running qube changes. Not the
+    seed nor the lists, which are the guest's by now."""
     remove = (
+        "/qubes-timezone",
         "/qubes-mac",
         "/qubes-ip",
         "/qubes-netmask",
@@ -76,7 +77,15 @@ def network_tree(view: View, qube: Qube) -> Tree:
         "/qubes-ip6",
         "/qubes-gateway6",
     )
-    tree = _checked([*_provider(view, qube), *_client(view, qube)])
+    tree = _checked(
+        [
+            *_identity(view, qube),
+            *_provider(view, qube),
+            *_client(view, qube),
+            *_timezone(view, qube, timezone),
+            *(connected(view, qube) if provides_network(qube) else ()),
+        ]
+    )
     written = {key for key, _ in tree.write}
     return Tree(tree.write, tuple(key for key in remove if key not in written), tree.refused)
 
@@ -199,6 +208,11 @@ def _identity(view: View, qube: Qube) -> Iterator[tuple[str, str]]:
     yield "/qubes-debug-mode", "1" if evaluate(view, qube, "debug") else "0"
     has_template = qube.klass in ("AppVM", "DispVM")
     yield "/qubes-base-template", text(evaluate(view, qube, "template")) if has_template else ""
+
+
+def _timezone(view: View, qube: Qube, timezone: str) -> Iterator[tuple[str, str]]:
+    if timezone and not truthy(view, qube, "anon-timezone", "template"):
+        yield "/qubes-timezone", timezone
 
 
 def _provider(view: View, qube: Qube) -> Iterator[tuple[str, str]]:

@@ -19,9 +19,12 @@ from services.lifecycle.participants import fill
 from services.lifecycle.steps.start import (
     CALL_TIMEOUT_S,
     apply_rules,
+    close,
+    host_timezone,
     plug,
     running_boot,
     subject,
+    tell_refused,
     withdraw,
 )
 
@@ -86,7 +89,7 @@ async def _forget(context: StepContext, qube: Qube, netvm: Qube | None) -> None:
     it had before is not known, and need not be."""
     view = context.view
     # Without a netvm it has no address any more: the ones that it would have.
-    addresses = guest_keys.own_addresses(view, qube)
+    addresses = [address for address in guest_keys.own_addresses(view, qube) if address]
     for other in list(view.qubes()):
         if (
             other is netvm
@@ -96,17 +99,11 @@ async def _forget(context: StepContext, qube: Qube, netvm: Qube | None) -> None:
             or boot.is_namespace_netvm(view, other)
         ):
             continue
-        removed = [
-            path
-            for address in addresses
-            if address
-            for path in (
-                f"/qubes-firewall/{address}/",
-                f"/qubes-firewall/{address}",
-                f"/mapped-ip/{address}/",
-            )
-        ]
-        await _write(context, other, guest_keys.connected_tree(view, other).write, tuple(removed))
+        connected = guest_keys.connected_tree(view, other).write
+        removed = tuple(f"/mapped-ip/{address}/" for address in addresses)
+        await _write(context, other, connected, removed)
+        for address in addresses:
+            await close(context, other, address)
 
 
 async def _detach(context: StepContext, qube: Qube) -> None:
@@ -119,21 +116,17 @@ async def _detach(context: StepContext, qube: Qube) -> None:
             )
         return
     await context.participants.domains.detach_interface(
-        domains_pb2.DetachInterfaceRequest(
-            boot=running_boot(qube),
-            interface=domains_pb2.InterfaceSpec(mac=boot.text(evaluate(context.view, qube, "mac"))),
-        ),
+        domains_pb2.DetachInterfaceRequest(boot=running_boot(qube)),
         timeout=CALL_TIMEOUT_S,
         context=context.call("detach"),
     )
 
 
 async def _keys(context: StepContext, qube: Qube) -> None:
-    network = guest_keys.network_tree(context.view, qube)
+    core = guest_keys.core_tree(context.view, qube, timezone=host_timezone())
     exported = guest_keys.exported_tree(context.view, qube)
-    await _write(
-        context, qube, (*network.write, *exported.write), (*network.remove, *exported.remove)
-    )
+    tell_refused(qube, (*core.refused, *exported.refused))
+    await _write(context, qube, (*core.write, *exported.write), (*core.remove, *exported.remove))
 
 
 async def _write(

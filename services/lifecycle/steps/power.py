@@ -12,10 +12,10 @@ import logging
 
 from bulkhead.api import domains_pb2
 from bulkhead.bus.errors import BusError
-from bulkhead.model.evaluate import evaluate, is_running, power_state
+from bulkhead.model.evaluate import evaluate, is_running, power_state, provides_network
 from bulkhead.model.features import truthy
 from bulkhead.model.power import current_power
-from bulkhead.model.records import OperationState, Phase, Problem
+from bulkhead.model.records import OperationState, Phase, Problem, Qube
 from bulkhead.model.specs import ShutdownSpec
 from services.lifecycle.core import boot, guest_keys
 from services.lifecycle.executor import Outcome, StepContext, StepFailed
@@ -73,7 +73,8 @@ class WithdrawRules(_Forward):
 
 
 class Unplug(_Forward):
-    """The tap is gone; a namespace netvm lets its clients' taps out and ends."""
+    """The tap is gone; a namespace netvm lets its clients' taps out and ends; the clients of
+    one that was a guest let go of interfaces that lead nowhere."""
 
     async def forward(self, context: StepContext) -> Outcome:
         qube = subject(context)
@@ -81,7 +82,38 @@ class Unplug(_Forward):
             await end_namespace(context, qube)
         else:
             await unplug(context, qube)
+            if provides_network(qube) and not boot.namespaces_in_use(context.view):
+                await _release_clients(context, qube)
         return Outcome()
+
+
+async def _release_clients(context: StepContext, netvm: Qube) -> None:
+    """Clients of a netvm that is gone are unplugged from it, whether or not all let go.
+
+    One that is paused cannot answer: it is looked at when it goes on.
+    """
+    view = context.view
+    clients = [
+        client
+        for client in guest_keys.clients_of(view, netvm)
+        if client.run.phase is Phase.UP and power_state(view, client) != "Paused"
+    ]
+    await asyncio.gather(*(_release(context, client, netvm) for client in clients))
+
+
+async def _release(context: StepContext, client: Qube, netvm: Qube) -> None:
+    try:
+        await context.participants.domains.detach_interface(
+            domains_pb2.DetachInterfaceRequest(
+                boot=running_boot(client),
+                # It may have been given another netvm meanwhile, and be plugged there.
+                interface=domains_pb2.InterfaceSpec(backend=netvm.name),
+            ),
+            timeout=CALL_TIMEOUT_S,
+            context=context.call(f"release/{client.uuid}"),
+        )
+    except BusError as error:
+        log.warning("%s was not unplugged from %s: %s", client.name, netvm.name, error.message)
 
 
 class StopVolumes(_Forward):

@@ -415,6 +415,7 @@ class GuestKeys:
         tree = guest_keys.boot_tree(
             context.view, qube, timezone=host_timezone(), seed=os.urandom(64)
         )
+        tell_refused(qube, tree.refused)
         await context.participants.domains.write_guest_keys(
             domains_pb2.WriteGuestKeysRequest(
                 boot=boot_ref(context),
@@ -428,6 +429,16 @@ class GuestKeys:
 
     async def undo(self, context: StepContext) -> None:
         """The keys end with the domain."""
+
+
+def tell_refused(qube: Qube, keys: tuple[str, ...]) -> None:
+    """Keys that QubesDB would not take are left out, and named."""
+    if keys:
+        log.warning(
+            "guest keys of %s are too long or malformed and left out: %s",
+            qube.name,
+            ", ".join(keys),
+        )
 
 
 def host_timezone() -> str:
@@ -544,6 +555,10 @@ async def apply_rules(
         context=context.call("apply"),
     )
     if reply.guest_keys and _is_guest(context, link.netvm):
+        for address in guest_keys.own_addresses(context.view, qube):
+            if address not in (link.ip, link.ip6):
+                # It had an address of this family until the network above has none.
+                await close(context, link.netvm, address)
         await context.participants.domains.write_guest_keys(
             domains_pb2.WriteGuestKeysRequest(
                 boot=running_boot(link.netvm),
@@ -556,6 +571,34 @@ async def apply_rules(
             timeout=CALL_TIMEOUT_S,
             context=context.call("rules"),
         )
+
+
+async def close(context: StepContext, netvm: Qube, address: str) -> None:
+    """A guest netvm lets nothing of the address through, if it knows it at all.
+
+    Taking the whole tree away would be news of a tree without a policy, which the agent
+    there reports to its user as a mistake.
+    """
+    base = f"/qubes-firewall/{address}"
+    reply = await context.participants.domains.read_guest_keys(
+        domains_pb2.ReadGuestKeysRequest(boot=running_boot(netvm), prefix=f"{base}/"),
+        timeout=CALL_TIMEOUT_S,
+        context=context.call(f"rules-of/{netvm.uuid}/{address}"),
+    )
+    if {key.path for key in reply.untrusted_keys} <= {f"{base}/policy"}:
+        return
+    await context.participants.domains.write_guest_keys(
+        domains_pb2.WriteGuestKeysRequest(
+            boot=running_boot(netvm),
+            removed=[f"{base}/"],
+            keys=[
+                domains_pb2.GuestKey(path=f"{base}/policy", value="drop"),
+                domains_pb2.GuestKey(path=base, value=""),
+            ],
+        ),
+        timeout=CALL_TIMEOUT_S,
+        context=context.call(f"close/{netvm.uuid}/{address}"),
+    )
 
 
 async def plug(context: StepContext, qube: Qube, link: boot.Link) -> None:

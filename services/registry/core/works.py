@@ -94,7 +94,8 @@ def with_applies(
 
 @dataclass(frozen=True, slots=True)
 class MutationAnswer:
-    """result as the plan gives it; applies: the APPLY operations begun with it."""
+    """result as the plan gives it; applies: the APPLY operations begun with it that are
+    to be waited for."""
 
     result: Mapping[str, str]
     applies: tuple[Operation, ...] = ()
@@ -132,7 +133,9 @@ class Mutation:
         return Planned(
             changes,
             plan.events,
-            answer=MutationAnswer(plan.result, applies),
+            answer=MutationAnswer(
+                plan.result, tuple(o for o in applies if o.subjects[0] not in plan.beside)
+            ),
             result=told(plan),
         )
 
