@@ -76,6 +76,7 @@ _ROWS: tuple[Reason, ...] = (
     Reason("INVALID_PROPERTY_VALUE", "INVALID_ARGUMENT", "a property refuses the value"),
     Reason("NO_SUCH_PROPERTY", "NOT_FOUND", "the holder has no such property"),
     Reason("PROPERTY_READ_ONLY", "INVALID_ARGUMENT", "computed or write-once"),
+    Reason("PROPERTY_FIXED", "INVALID_ARGUMENT", "fixed when the qube is created"),
     Reason("FEATURE_NOT_FOUND", "NOT_FOUND", "the feature is not set"),
     Reason("TAG_NOT_FOUND", "NOT_FOUND", "the tag is not set"),
     Reason("INVALID_TAG", "INVALID_ARGUMENT", "a tag breaks the tag rules"),

@@ -7,6 +7,7 @@ reads and writes through the strict client alone.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -316,7 +317,10 @@ class Tools:
                 continue
             got = api.get_property(source, prop)
             if not got.is_default:
-                api.set(name, prop, got.text)
+                # What the copy's class has not is passed over, and so is what no answer comes
+                # to: the client knows both by the same class.
+                with contextlib.suppress(AttributeError):
+                    api.set(name, prop, got.text)
         for tag in api.tags(source):
             if not tag.startswith("created-by-"):
                 api.do("admin.vm.tag.Set", name, tag)
@@ -506,9 +510,11 @@ class Tools:
             "action", "proto", "dst4", "dst6", "dsthost", "dstports", "icmptype",
             "specialtarget", "expire", "comment",
         )  # fmt: skip
-        text = "".join(
-            " ".join(f"{key}={rule[key]}" for key in order if key in rule) + "\n" for rule in rules
-        )
+        text = ""
+        for rule in rules:
+            # What reaches everything is no destination to the client.
+            words = [k for k in order if not rule.get(k, "/0").endswith("/0") or k == "comment"]
+            text += " ".join(f"{k}={rule[k]}" for k in words if k in rule) + "\n"
         self.api.do("admin.vm.firewall.Set", qube, payload=text.encode())
 
     def firewall_add(self, qube: str, rule: Mapping[str, str], before: int = -1) -> None:

@@ -288,7 +288,8 @@ def volume_info(text: str) -> dict[str, Value]:
             found[key] = truth(value)
         else:
             found[key] = value
-    if not found["pool"] or not found["vid"]:
+    # The kernel's bears the name of the kernel; one that comes from inside has none.
+    if not found["pool"] or (not found["vid"] and found["size"]):
         raise Choke(f"a volume without pool or vid: {text!r}")
     return found
 
@@ -416,7 +417,7 @@ _RULE_VALUES = {
     "action": r"accept|drop",
     "expire": r"\d+",
     "dst4": r"\d+\.\d+\.\d+\.\d+/\d+",
-    "dst6": r"[0-9a-f:.]+/\d+",
+    "dst6": r"[0-9A-Fa-f:.]+/\d+",
     "dsthost": r"[A-Za-z0-9._-]+",
     "proto": r"tcp|udp|icmp",
     "specialtarget": r"dns",

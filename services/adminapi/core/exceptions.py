@@ -58,6 +58,8 @@ _MODEL: Mapping[str, str] = {
     "INVALID_PROPERTY_VALUE": _PROPERTY,
     "NO_SUCH_PROPERTY": "QubesNoSuchPropertyError",
     "PROPERTY_READ_ONLY": _PROPERTY,
+    # An AttributeError to clients, as no answer is for any property: qvm-clone passes over it.
+    "PROPERTY_FIXED": "QubesNoSuchPropertyError",
     "FEATURE_NOT_FOUND": "QubesFeatureNotFoundError",
     "TAG_NOT_FOUND": "QubesTagNotFoundError",
     "INVALID_TAG": "QubesInvalidTagError",
