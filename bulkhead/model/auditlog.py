@@ -78,10 +78,11 @@ def _digest(raw: bytes) -> str:
 
 
 class Chain:
-    """Checks lines one after the other, across files."""
+    """Checks lines one after the other, across files. head: what the first line has to
+    follow, Head() for the first of all; None where nobody knows that any more."""
 
-    def __init__(self) -> None:
-        self.head: Head | None = None
+    def __init__(self, head: Head | None = None) -> None:
+        self.head = head
 
     def feed(self, untrusted_line: bytes) -> dict[str, Any]:
         """The record of the next line. AuditBroken; the line after that is checked against

@@ -2,7 +2,8 @@
 
 Owns the order of what is written and where the export goes on after a restart. Must not
 know the form of a line. Invariant: each change row is written once, in order of its
-revision; what is missing is said in a record of its own, never passed over.
+revision; what is missing is said in a record of its own, never passed over. The record of
+a call is in the file before its answer is sent, so a kill does not lose it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from services.adminapi.core.audit import RECORDED, Bound
 
 log = logging.getLogger("bulkhead.adminapi.audit")
 
-# Records wait this long for others, so that one fsync serves many.
+# Change rows, and what is written already, wait this long for others: one fsync serves many.
 BATCH_S = 0.2
 RETRY_S = 1.0
 _PAGE = 200
@@ -73,9 +74,13 @@ class AuditExporter:
         self._bound = Bound()
         self._wake = asyncio.Event()
         self._file: AuditFile | None = None
-        self._writing = asyncio.Lock()
+        self._flushing = asyncio.Lock()
+        # A thread writes; nobody else may then.
+        self._busy: asyncio.Future[None] | None = None
+        self._unsynced = False
         self.counters = counters if counters is not None else {}
-        self.counters.update({"audit_records": 0, "audit_failures": 0})
+        # audit_number: of the last record in the file, as of this service.
+        self.counters.update({"audit_records": 0, "audit_failures": 0, "audit_number": 0})
         replica.subscribe(self._entry)
 
     def _entry(self, entry: Entry) -> None:
@@ -83,13 +88,26 @@ class AuditExporter:
             self._wake.set()
 
     def note(self, record: dict[str, Any]) -> None:
-        """Queue the record of a call; bounded by source and as a whole."""
+        """Write the record of a call, at once where nobody else writes, else soon (see
+        written()); bounded by source and as a whole."""
         if len(self._queue) >= _QUEUE_LIMIT:
             held = self._bound.held_back
             held["*"] = held.get("*", 0) + 1
         elif self._bound.admit(str(record["source"]), time.monotonic()):
             self._queue.append({"time": time.time(), **record})
+            self._drain()
         self._wake.set()
+
+    @property
+    def waiting(self) -> bool:
+        """True while records of calls wait for a thread that writes. Where there is no file
+        nobody waits: audit_failures tells of that, and it is tried again."""
+        return bool(self._queue) and self._busy is not None
+
+    async def written(self) -> None:
+        """Until what note() was given is in the file."""
+        while self._queue and self._busy is not None:
+            await asyncio.wait({self._busy})
 
     async def run(self) -> None:
         """Export until cancelled."""
@@ -104,21 +122,26 @@ class AuditExporter:
                 self._wake.set()
 
     async def flush(self) -> bool:
-        """Write what there is now; False when that failed (it stays to be written)."""
-        async with self._writing:
+        """Write what there is now and make it durable; False when that failed (it stays to
+        be written)."""
+        async with self._flushing:
             try:
-                await self._catch_up()
                 await self._write_notes()
+                await self._sync()
+                await self._catch_up()
             except (OSError, BusError) as error:
-                self.counters["audit_failures"] += 1
-                log.error("the audit log cannot be written, trying again: %s", error)
-                if isinstance(error, OSError) and self._file is not None:
-                    self._file.close()
-                    self._file = None
+                self._failed(error)
                 return False
             return True
 
     # ----
+
+    def _failed(self, error: Exception) -> None:
+        self.counters["audit_failures"] += 1
+        log.error("the audit log cannot be written, trying again: %s", error)
+        if isinstance(error, OSError) and self._file is not None:
+            self._file.close()
+            self._file = None
 
     async def _opened(self) -> AuditFile:
         if self._file is None:
@@ -129,16 +152,54 @@ class AuditExporter:
                 file.close()
                 raise
             self._file = file
+            self.counters["audit_number"] = file.head.number
             if file.finding:
                 await self._append([_gap(file.finding)])
         return self._file
 
     async def _append(self, records: list[dict[str, Any]]) -> None:
+        """Write in a thread, durable on return: pages of rows are large."""
+        while self._busy is not None:  # one that was cancelled goes on nevertheless
+            await asyncio.wait({self._busy})
+        if self._file is None:
+            raise OSError("the record of a call could not be written just now")
+        self._busy = asyncio.ensure_future(asyncio.to_thread(self._file.write, records))
+        self._busy.add_done_callback(self._thread_done)
+        await asyncio.shield(self._busy)
+        self._count(len(records))
+        await self._sync()
+
+    def _thread_done(self, done: asyncio.Future[None]) -> None:
+        self._busy = None
+        if not done.cancelled() and done.exception() is None:
+            self._drain()
+
+    def _count(self, records: int) -> None:
         assert self._file is not None
-        await asyncio.to_thread(self._file.append, records)
-        self.counters["audit_records"] += len(records)
+        self._unsynced = True
+        self.counters["audit_records"] += records
+        self.counters["audit_number"] = self._file.head.number
+
+    def _drain(self) -> None:
+        """Write the records that wait, unless a thread writes or there is no file."""
+        while self._queue and self._busy is None and self._file is not None:
+            taken = min(len(self._queue), _PAGE)
+            try:
+                self._file.write([self._queue[i] for i in range(taken)])
+            except OSError as error:
+                self._failed(error)
+                return
+            self._count(taken)
+            for _ in range(taken):
+                self._queue.popleft()
+
+    async def _sync(self) -> None:
+        if self._unsynced and self._file is not None:
+            self._unsynced = False
+            await asyncio.to_thread(self._file.syncer())
 
     async def _catch_up(self) -> None:
+        """Write the change rows behind the last that was exported."""
         file = await self._opened()
         newest = self._replica.revision
         if newest < file.head.exported:
@@ -158,24 +219,24 @@ class AuditExporter:
             await self._append(records)
 
     async def _write_notes(self) -> None:
-        while self._queue or self._bound.held_back:
-            batch = [self._queue[i] for i in range(min(len(self._queue), _PAGE))]
-            held = self._bound.take_held_back()
-            batch += [
-                {
-                    "kind": "held-back",
-                    "time": time.time(),
-                    "caller": "adminapi",
-                    "source": source,
-                    "method": "",
-                    "result": f"{count} more records of calls were not written, they were too many",
-                }
-                for source, count in held.items()
-            ]
-            taken = min(len(self._queue), _PAGE)
-            await self._append(batch)
-            for _ in range(taken):
-                self._queue.popleft()
+        await self._opened()
+        self._drain()
+        held = self._bound.take_held_back()
+        if held:
+            await self._append(
+                [
+                    {
+                        "kind": "held-back",
+                        "time": time.time(),
+                        "caller": "adminapi",
+                        "source": source,
+                        "method": "",
+                        "result": f"{count} more records of calls were not written, they were"
+                        " too many",
+                    }
+                    for source, count in held.items()
+                ]
+            )
 
     async def close(self) -> None:
         """Write what waits and close."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from bulkhead.api import domains_pb2
@@ -205,7 +205,7 @@ class AdminApi:
             log.debug("dropped: %s", drop)
             if socket_name.startswith(PREFIX):
                 self._note_frame(socket_name, untrusted_frame, f"2\0Refused\0\0{drop}\0".encode())
-            peer.drop()
+            self._once_recorded(peer.drop)
             return
         except Exception:
             peer.reply(self._unexpected("a read"))
@@ -214,11 +214,26 @@ class AdminApi:
             if answer.startswith(b"2"):
                 self.counters["refused"] += 1
                 self._note_frame(socket_name, untrusted_frame, answer)
-            peer.reply(answer)
+            self._once_recorded(lambda: peer.reply(answer))
         elif answer.call.stream:
             self._open_stream(answer, peer)
         else:
             self._spawn(self._answer(answer, peer))
+
+    def _once_recorded(self, act: Callable[[], None]) -> None:
+        """Act when what the audit was told is in its file; a kill then loses no record that
+        anybody has an answer to."""
+        if self._audit is None or not self._audit.waiting:
+            act()
+        else:
+            self._spawn(self._act_once_recorded(self._audit, act))
+
+    @staticmethod
+    async def _act_once_recorded(exporter: AuditExporter, act: Callable[[], None]) -> None:
+        try:
+            await exporter.written()
+        finally:
+            act()
 
     def _begin_confined(self, socket_name: str, untrusted_frame: bytes) -> bytes | Checked:
         if self._callers is None or self._judge is None:
@@ -295,7 +310,7 @@ class AdminApi:
             result = "UNEXPECTED: an internal error"
         if not has_row(done):
             self._note_call(request, "call" if data.startswith(b"0") else "refused", result)
-        peer.reply(data)
+        self._once_recorded(lambda: peer.reply(data))
 
     def _note_call(self, request: Checked, kind: str, result: str) -> None:
         """Audit what could change something and left no change row."""

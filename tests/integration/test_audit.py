@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +12,14 @@ import pytest
 
 from tests.instance import PYTHON, Instance, running
 
+_COMMENT = "comment=told once "
 FAILPOINTS = ("before_append", "before_sync", "after_append")
 
 
 @pytest.fixture(scope="module")
 def instance() -> Iterator[Instance]:
     with running() as made:
+        made.ok("admin.vm.Create.StandaloneVM", payload=b"name=audited label=red")
         yield made
 
 
@@ -92,6 +95,43 @@ def test_nothing_is_lost_or_repeated_over_kills(instance: Instance) -> None:
     changes = [r for r in _records(instance) if r["kind"] == "change"]
     revisions = [int(str(r["revision"])) for r in changes]
     assert revisions == list(range(revisions[0], revisions[0] + len(revisions)))
+    _verified(instance)
+
+
+def test_a_refused_call_is_told_once_whatever_is_killed_behind_its_answer(
+    instance: Instance,
+) -> None:
+    for number, service in enumerate(("adminapi", "registry", "adminapi")):
+        old = instance.pid(service)
+        # A change just before keeps the writer busy with its own record.
+        instance.ok("admin.vm.tag.Set", "dom0", f"before-kill-{number}")
+        refused = f"refused-{number}-{service}"
+        assert instance.call("admin.vm.tag.Remove", "dom0", refused).kind == "exc"
+        rule = f"action=drop {_COMMENT}{number}".encode()
+        instance.ok("admin.vm.firewall.Set", "audited", payload=rule)
+        instance.kill(service)
+        instance.wait_restarted(service, old)
+        instance.wait_ready()
+        assert len(_telling(instance, refused)) == 1
+        assert len(_telling(instance, f"{_COMMENT}{number}")) == 1
+    _verified(instance)
+
+
+def test_an_end_without_changes_that_was_cut_off_is_found(instance: Instance) -> None:
+    instance.call("admin.vm.tag.Remove", "dom0", "cut-off-later")
+    _telling(instance, "cut-off-later")
+    _verified(instance)
+    path = instance.root / "var/log/qubes/audit/audit-000001.jsonl"
+    whole = path.read_bytes()
+    last = whole.splitlines(keepends=True)[-1]
+    assert b"cut-off-later" in last
+    os.truncate(path, len(whole) - len(last))
+    done = _audit(instance, "--verify")
+    number = json.loads(last)["number"]
+    assert done.returncode == 1
+    assert f"records {number} to {number} are missing at the end" in done.stderr
+    with path.open("ab") as file:
+        file.write(last)
     _verified(instance)
 
 

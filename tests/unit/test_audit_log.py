@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,41 @@ def test_a_removed_and_a_repeated_line_are_found() -> None:
     chain.feed(lines[3])
     with pytest.raises(AuditBroken):
         chain.feed(lines[3])
+
+
+def test_a_beginning_that_was_cut_off_is_found_unless_files_were_archived(tmp_path: Path) -> None:
+    _log(tmp_path, 6, rotate=600).close()
+    first, second = sorted(tmp_path.iterdir())[:2]
+    whole = first.read_bytes()
+    first.write_bytes(whole[whole.index(b"\n") + 1 :])
+    (found,) = _problems(tmp_path)
+    assert found == (f"{first.name}:1", "record 1 is missing, record 2 follows")
+    first.unlink()
+    assert second.name == "audit-000002.jsonl"
+    assert _problems(tmp_path) == []
+
+
+def test_a_write_that_fails_half_way_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = _log(tmp_path, 2)
+    path = tmp_path / "audit-000001.jsonl"
+    whole, head = path.read_bytes(), file.head
+    write = os.write
+
+    def short(handle: int, data: bytes) -> int:
+        if len(data) < 500:
+            raise OSError(errno.ENOSPC, "no space left")
+        return write(handle, bytes(data)[:500])
+
+    monkeypatch.setattr(os, "write", short)
+    with pytest.raises(OSError, match="no space"):
+        file.append([{"kind": "call", "result": "x" * 300}, {"kind": "call", "result": "y" * 300}])
+    monkeypatch.undo()
+    assert (path.read_bytes(), file.head) == (whole, head)
+    file.append([{"kind": "call"}])
+    file.close()
+    assert _problems(tmp_path) == []
 
 
 def test_the_chain_goes_on_over_files_and_restarts(tmp_path: Path) -> None:

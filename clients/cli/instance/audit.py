@@ -19,7 +19,7 @@ from typing import Any
 
 from bulkhead.bus.errors import BusError
 from bulkhead.config import Settings, SettingsError
-from bulkhead.model.auditlog import AuditBroken, Chain
+from bulkhead.model.auditlog import AuditBroken, Chain, Head
 from clients.cli.instance import operator
 
 POLL_S = 0.2
@@ -28,6 +28,7 @@ _SETTLE_S = 1.0
 # The newest changes that the registry is asked for, and how long the log may lag behind.
 _COMPARED = 200
 _LAG_S = 10.0
+_FIRST_FILE = 1
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -91,6 +92,9 @@ class Reader:
         numbers = self._numbers()
         if not self._file and numbers:
             self._file = numbers[0]
+            if self._file == _FIRST_FILE:
+                # Nothing was before it; where files were archived, anything may have been.
+                self._chain = Chain(Head())
         while self._file:
             path = self._path(self._file)
             later = [n for n in numbers if n > self._file]
@@ -157,80 +161,85 @@ def render(record: dict[str, Any]) -> str:
     )
 
 
+class _Tally:
+    """What was read: counts, the last number, and the newest changes by their revision."""
+
+    def __init__(self) -> None:
+        self.count = self.broken = self.last = 0
+        self.exported: dict[int, str] = {}
+
+    def take(self, line: Line) -> dict[str, Any] | None:
+        """Count a line and report it where it is broken; its record."""
+        record = line.record
+        if record is None:
+            self.broken += 1
+            print(f"{line.where}: {line.problem}", file=sys.stderr)
+            return None
+        self.count += 1
+        self.last = int(record["number"])
+        if record.get("kind") == "change":
+            self.exported[int(record["revision"])] = str(record["registry_hash"])
+            while len(self.exported) > 4 * _COMPARED:
+                del self.exported[next(iter(self.exported))]
+        return record
+
+
 def show(
     settings: Settings, *, verify: bool, qube: str, since: str, as_json: bool, follow: bool
 ) -> int:
     """Print and check; 1 when the chain is broken, 0 otherwise."""
     oldest = since_time(since, time.time())
     reader = Reader(directory_of(settings))
-    broken = count = 0
-    exported: dict[int, str] = {}
+    tally = _Tally()
     while True:
         for line in reader.read():
-            record = line.record
-            if record is None:
-                broken += 1
-                _report(line)
+            record = tally.take(line)
+            if record is None or verify:
                 continue
-            count += 1
-            if verify:
-                if record.get("kind") == "change":
-                    exported[int(record["revision"])] = str(record["registry_hash"])
-                    while len(exported) > 4 * _COMPARED:
-                        del exported[next(iter(exported))]
-            elif float(record.get("time", 0)) >= oldest and _about(record, qube):
+            if float(record.get("time", 0)) >= oldest and _about(record, qube):
                 print(json.dumps(record) if as_json else render(record), flush=follow)
         if not follow:
             break
         time.sleep(POLL_S)
     rest = reader.rest()
     if rest is not None:
-        broken += 1
-        _report(rest)
+        tally.take(rest)
     if verify:
-        return _verdict(settings, reader, exported, count, broken)
-    return 1 if broken else 0
+        return _verdict(settings, reader, tally)
+    return 1 if tally.broken else 0
 
 
-def _report(line: Line) -> None:
-    print(f"{line.where}: {line.problem}", file=sys.stderr)
-
-
-def _verdict(
-    settings: Settings, reader: Reader, exported: dict[int, str], count: int, broken: int
-) -> int:
+def _verdict(settings: Settings, reader: Reader, tally: _Tally) -> int:
     try:
         kept = operator.history(Settings.load(settings.root), qube="", limit=_COMPARED)
+        written = operator.counters(Settings.load(settings.root), "adminapi").get("audit_number", 0)
     except (BusError, SettingsError, OSError):
-        kept = None
+        kept, written = None, 0
     deadline = time.monotonic() + _LAG_S
+    # What was written by then is there now; what changed by then may follow a little later.
+    for line in reader.read():
+        tally.take(line)
     while kept:
-        missing = [row for row in kept if int(row["revision"]) not in exported]
-        newest = max(exported, default=0)
-        if not any(int(row["revision"]) > newest for row in missing):
-            break
-        if time.monotonic() > deadline:
+        newest = max(tally.exported, default=0)
+        if all(int(row["revision"]) <= newest for row in kept) or time.monotonic() > deadline:
             break
         time.sleep(POLL_S)
         for line in reader.read():
-            if line.record is None:
-                broken += 1
-                _report(line)
-                continue
-            count += 1
-            if line.record.get("kind") == "change":
-                exported[int(line.record["revision"])] = str(line.record["registry_hash"])
-    oldest = min(exported, default=0)
+            tally.take(line)
+    if tally.last < written:
+        tally.broken += 1
+        print(f"records {tally.last + 1} to {written} are missing at the end", file=sys.stderr)
+    oldest = min(tally.exported, default=0)
     for row in kept or ():
         revision = int(row["revision"])
         if revision < oldest:
             continue
-        if exported.get(revision) != row["hash"]:
-            broken += 1
-            what = "differs from" if revision in exported else "is missing, but is in"
+        if tally.exported.get(revision) != row["hash"]:
+            tally.broken += 1
+            what = "differs from" if revision in tally.exported else "is missing, but is in"
             print(f"revision {revision} {what} the registry's journal", file=sys.stderr)
     against = f", the newest {len(kept)} changes compared with the registry" if kept else ""
     if kept is None:
         against = "; the registry does not answer, so nothing was compared with it"
-    print(f"{count} records, {broken} broken{against}")
-    return 1 if broken else 0
+    print(f"{tally.count} records, {tally.broken} broken{against}")
+    return 1 if tally.broken else 0

@@ -72,6 +72,19 @@ def health(
     return row
 
 
+def counters(settings: Settings, service: str) -> dict[str, int]:
+    """A service's counters. BusError where it does not answer in time."""
+    health = operator_call(
+        settings,
+        service,
+        "bulkhead.api.Control.Health",
+        control_pb2.HealthRequest(),
+        control_pb2.HealthReply,
+        TIMEOUT_S,
+    )
+    return dict(health.counters)
+
+
 def _user(uid: int) -> str:
     try:
         return pwd.getpwuid(uid).pw_name

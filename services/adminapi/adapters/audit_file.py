@@ -1,14 +1,14 @@
-"""The files of the audit log: append, fsync, rotate, find the end again.
+"""The files of the audit log: write, fsync, rotate, find the end again.
 
 Owns audit-NNNNNN.jsonl in one directory. Must not know what the records mean. Invariant:
-a file only grows, by whole lines; what a crash left of a line is cut off before the next
-one is written.
+a file only grows, by whole lines; what a crash or a full disk left of a write is cut off
+before the next one.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,11 @@ class AuditFile:
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Write records as one piece; durable on return."""
+        self.write(records)
+        self.syncer()()
+
+    def write(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Write records as one piece, which a kill leaves whole; a power failure may not."""
         hit("adminapi.audit.before_append")
         if self._size >= self._rotate_bytes:
             self._rotate()
@@ -74,13 +79,30 @@ class AuditFile:
             lines.append(line)
         data = memoryview(b"".join(lines))
         length = len(data)
-        while data:
-            data = data[os.write(self._fd, data) :]
-        hit("adminapi.audit.before_sync")
-        os.fdatasync(self._fd)
+        try:
+            while data:
+                data = data[os.write(self._fd, data) :]
+        except OSError:
+            # All or nothing: whoever tries again gives the same records.
+            os.ftruncate(self._fd, self._size)
+            raise
         self.head = head
         self._size += length
-        hit("adminapi.audit.after_append")
+
+    def syncer(self) -> Callable[[], None]:
+        """What makes durable all that is written by now, once; it may run in a thread while
+        more is written. Release it by calling it."""
+        handle = os.dup(self._fd)
+
+        def sync() -> None:
+            try:
+                hit("adminapi.audit.before_sync")
+                os.fdatasync(handle)
+                hit("adminapi.audit.after_append")
+            finally:
+                os.close(handle)
+
+        return sync
 
     # ----
 
@@ -95,6 +117,7 @@ class AuditFile:
 
     def _rotate(self) -> None:
         hit("adminapi.audit.before_rotate")
+        os.fdatasync(self._fd)  # nobody comes back to it
         fd = self._open_file(self._number + 1)
         os.close(self._fd)
         self._fd, self._number, self._size = fd, self._number + 1, 0
