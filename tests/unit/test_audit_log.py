@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +17,7 @@ from bulkhead.config import Settings
 from bulkhead.model.auditlog import GENESIS, AuditBroken, Chain, Head, make_line, read_line
 from clients.cli.instance.audit import AuditError, Reader, since_time
 from services.adminapi.adapters.audit_file import AuditFile
+from services.adminapi.audit_exporter import AuditExporter
 from services.adminapi.core.audit import BURST, LEFT_OUT, RATE, Bound, of_call, of_frame
 from services.adminapi.core.calls import CALLS
 from services.adminapi.core.checks import Checked
@@ -198,3 +203,42 @@ def test_the_directory_is_below_the_logs(tmp_path: Path) -> None:
     from clients.cli.instance.audit import directory_of
 
     assert directory_of(Settings(root=tmp_path)) == tmp_path / "var/log/qubes/audit"
+
+
+def test_a_record_that_comes_while_a_thread_writes_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_write = threading.Event()
+    write = AuditFile.write
+
+    def slowly(file: AuditFile, records: Sequence[Mapping[str, object]]) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            assert may_write.wait(30)
+        write(file, records)
+
+    monkeypatch.setattr(AuditFile, "write", slowly)
+
+    async def scene() -> list[object]:
+        replica = SimpleNamespace(subscribe=lambda _: None, revision=0)
+        exporter = AuditExporter(tmp_path, lambda: pytest.fail("asked"), replica)  # type: ignore[arg-type]
+        exporter.note({"kind": "refused", "source": "dom0", "result": "before the file is open"})
+        told = [exporter.waiting]  # nobody is kept waiting for a file that cannot be had
+        assert await exporter.flush()
+        page = asyncio.create_task(exporter._append([{"kind": "gap", "result": "a page"}]))
+        await asyncio.sleep(0)
+        exporter.note({"kind": "refused", "source": "dom0", "result": "meanwhile"})
+        told.append(exporter.waiting)
+        may_write.set()
+        await exporter.written()
+        found = [line.record["result"] for line in Reader(tmp_path).read() if line.record]
+        exporter.note({"kind": "call", "source": "dom0", "result": "at once"})
+        found += [line.record["result"] for line in Reader(tmp_path).read() if line.record][-1:]
+        told.append(exporter.waiting)
+        assert told == [False, True, False]
+        await page
+        assert exporter.counters["audit_number"] == exporter.counters["audit_records"] == 4
+        await exporter.close()
+        return found
+
+    assert asyncio.run(scene()) == ["before the file is open", "a page", "meanwhile", "at once"]
+    assert _problems(tmp_path) == []
