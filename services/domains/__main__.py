@@ -15,6 +15,7 @@ from pathlib import Path
 from bulkhead.bus.confine import Confinement
 from bulkhead.bus.runtime import ServiceContext, serve
 from bulkhead.config import Settings
+from bulkhead.model.epoch import EpochGuard
 
 from .adapters.guest_daemons import GuestDaemons, Programs
 from .adapters.guest_keys import FileKeys, GuestKeys, QubesDbKeys
@@ -22,7 +23,7 @@ from .adapters.hypervisor import HostInfo, Hypervisor
 from .adapters.namespaces import WithNamespaces
 from .adapters.qmemman import MemoryManager
 from .adapters.sim_adapter import SimHypervisor
-from .core.tracker import EpochGuard
+from .core.reasons import DomainsError
 from .core.xml import Flavour
 from .handlers import DomainsHandlers
 from .registry_link import BusRegistryLink
@@ -77,7 +78,7 @@ def _keys(settings: Settings) -> GuestKeys:
 async def build(context: ServiceContext) -> object:
     """The handlers of Domains, listening to the hypervisor and telling the registry."""
     settings = context.settings
-    guard = EpochGuard()
+    guard = EpochGuard("domains", DomainsError)
     reporter = Reporter(BusRegistryLink(context.channel("registry")), guard.learn, context.log)
     context.counters.update(reporter.counters)
     reporter.counters = context.counters

@@ -21,6 +21,7 @@ from bulkhead import failpoints
 from bulkhead.api import control_pb2, domains_pb2
 from bulkhead.bus.dispatch import Call
 from bulkhead.bus.errors import from_refusal
+from bulkhead.model.epoch import EpochGuard
 from bulkhead.model.records import (
     ADMINVM_NAME,
     ADMINVM_UUID,
@@ -50,7 +51,7 @@ from .core.guest_keys import check_subtree
 from .core.memory import MemoryLedger
 from .core.power import HALTED, PAUSED, PMSUSPENDED, RUNNING
 from .core.reasons import DomainsError
-from .core.tracker import EpochGuard, PowerTracker
+from .core.tracker import PowerTracker
 from .core.xml import Flavour, flavour_named, render
 from .reporter import Reporter
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from bulkhead.bus.confine import Confinement
 from bulkhead.bus.runtime import ServiceContext, serve
 from bulkhead.config import Settings
+from bulkhead.model.epoch import EpochGuard
 from services.storage.adapters.data_socket import DataSocket
-from services.storage.core.epochs import EpochGuard
+from services.storage.core.reasons import StorageRefusal
 from services.storage.facts import BusRegistryLink, PoolWatch
 from services.storage.handlers import StorageHandlers
 from services.storage.workers import Workers
@@ -17,7 +18,7 @@ from services.storage.workers import Workers
 async def build(context: ServiceContext) -> StorageHandlers:
     """Open the data socket, find the registry, watch the pools known before."""
     directory = context.settings.service_dir("storage")
-    guard = EpochGuard()
+    guard = EpochGuard("storage", StorageRefusal)
     workers = Workers()
     watch = PoolWatch(
         BusRegistryLink(context.channel("registry")), workers, directory / "pools.json", guard.learn

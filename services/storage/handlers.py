@@ -21,10 +21,10 @@ from bulkhead import codec
 from bulkhead.api import control_pb2, records_pb2, storage_pb2
 from bulkhead.bus.dispatch import Call
 from bulkhead.bus.errors import BusError, from_refusal
+from bulkhead.model.epoch import EpochGuard
 from bulkhead.model.records import Pool, PoolFact, Volume
 from services.storage import messages
 from services.storage.adapters.data_socket import DataSocket
-from services.storage.core.epochs import EpochGuard
 from services.storage.core.places import containing
 from services.storage.core.reasons import StorageRefusal, from_os_error
 from services.storage.core.states import Device, VolumeState

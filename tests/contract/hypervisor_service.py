@@ -16,13 +16,14 @@ from pathlib import Path
 from bulkhead.api import domains_pb2
 from bulkhead.bus.deadline import Deadline
 from bulkhead.bus.dispatch import Call
+from bulkhead.model.epoch import EpochGuard
 from bulkhead.model.records import Fact, HostFact, PowerFact, fact_key
 from services.domains.adapters.guest_daemons import GuestDaemons, Programs
 from services.domains.adapters.guest_keys import FileKeys
 from services.domains.adapters.hypervisor import HostInfo, Hypervisor
 from services.domains.adapters.qmemman import MemoryManager
+from services.domains.core.reasons import DomainsError
 from services.domains.core.spec import DomainSpec
-from services.domains.core.tracker import EpochGuard
 from services.domains.core.xml import Flavour
 from services.domains.handlers import DomainsHandlers
 from services.domains.reporter import Reporter
@@ -121,7 +122,7 @@ async def service(
     wait: bool = True,
 ) -> AsyncIterator[Service]:
     """The service, told complete once; domains outlive it."""
-    guard = EpochGuard()
+    guard = EpochGuard("domains", DomainsError)
     listener = Listener()
     log = logging.getLogger("test")
     reporter = Reporter(listener, guard.learn, log)

@@ -281,21 +281,6 @@ def test_a_buried_boot_stays_buried() -> None:
     assert not reports.buried(UUID, "b1")  # bounded: the oldest goes
 
 
-def test_epochs_only_go_up() -> None:
-    guard = tracker.EpochGuard()
-    with pytest.raises(DomainsError) as caught:
-        guard.admit(1)
-    assert caught.value.reason == "EPOCH_UNKNOWN"
-    guard.learn(5)
-    guard.admit(5)
-    guard.admit(7)
-    guard.learn(6)
-    with pytest.raises(DomainsError) as caught:
-        guard.admit(6)
-    assert caught.value.reason == "STALE_EPOCH"
-    assert caught.value.code == "ABORTED"
-
-
 def test_reasons_are_upper_snake_and_need_a_row() -> None:
     assert all(name == row.name and name.isupper() for name, row in REASONS.items())
     with pytest.raises(KeyError):

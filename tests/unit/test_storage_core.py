@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bulkhead.model.records import Pool, Volume
-from services.storage.core.epochs import EpochGuard
 from services.storage.core.names import (
     Revision,
     Role,
@@ -179,21 +178,6 @@ def test_bad_pool_options() -> None:
         with pytest.raises(StorageRefusal):
             parse_revisions(Pool("p", "file", {"revisions_to_keep": text}))
     assert parse_revisions(Pool("p", "file", {"revisions_to_keep": "-1"})) == -1
-
-
-def test_epochs_never_go_back() -> None:
-    guard = EpochGuard()
-    with pytest.raises(StorageRefusal) as caught:
-        guard.admit(7)
-    assert (caught.value.reason, caught.value.code) == ("EPOCH_UNKNOWN", "UNAVAILABLE")
-    guard.learn(5)
-    guard.admit(5)
-    guard.admit(6)
-    with pytest.raises(StorageRefusal) as caught:
-        guard.admit(5)
-    assert caught.value.reason == "STALE_EPOCH"
-    guard.learn(4)
-    assert guard.current == 6
 
 
 def test_containing_pool() -> None:

@@ -1,9 +1,9 @@
 """What was last said of each boot: turns observations into power facts.
 
-Owns the growing report number of each boot, the boots that must not come back, and
-the epoch. Must not know clocks: the caller gives the base of the numbers. Invariant:
-a report is made only when something changed, and numbers of one boot only grow, also
-across restarts as long as the given base does.
+Owns the growing report number of each boot and the boots that must not come back. Must
+not know clocks: the caller gives the base of the numbers. Invariant: a report is made
+only when something changed, and numbers of one boot only grow, also across restarts as
+long as the given base does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from bulkhead.model.records import PowerFact
 
 from .power import HALTED
-from .reasons import DomainsError
 
 TOMBSTONES = 4096
 
@@ -102,30 +101,3 @@ class PowerTracker:
     def buried(self, uuid: str, boot_id: str) -> bool:
         """The boot was destroyed in this run of the service."""
         return (uuid, boot_id) in self._dead
-
-
-class EpochGuard:
-    """The newest lifecycle epoch; None until it was learned from the registry."""
-
-    def __init__(self) -> None:
-        self.current: int | None = None
-
-    def learn(self, epoch: int) -> None:
-        """The registry says so; never goes back."""
-        self.current = epoch if self.current is None else max(self.current, epoch)
-
-    def admit(self, epoch: int) -> None:
-        """Let a step pass, or DomainsError EPOCH_UNKNOWN or STALE_EPOCH."""
-        if self.current is None:
-            raise DomainsError(
-                "EPOCH_UNKNOWN",
-                "domains has not yet learned the epoch from the registry; try again.",
-            )
-        if epoch < self.current:
-            raise DomainsError(
-                "STALE_EPOCH",
-                f"The step is of epoch {epoch}, and epoch {self.current} has taken over.",
-                epoch=str(epoch),
-                current=str(self.current),
-            )
-        self.current = epoch
