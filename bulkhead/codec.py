@@ -191,6 +191,7 @@ def assignment_to_proto(device: Assignment) -> records_pb2.DeviceAssignment:
         identity=device.identity,
         mode=device.mode,
         options=_pairs_to(device.options.items()),
+        frontend_untold=not device.frontend_told,
     )
 
 
@@ -203,6 +204,7 @@ def assignment_from_proto(message: records_pb2.DeviceAssignment) -> Assignment:
         message.identity,
         message.mode,
         _pairs_from(message.options),
+        not message.frontend_untold,
     )
 
 

@@ -350,7 +350,7 @@ def parse_device_argument(untrusted_argument: str) -> DeviceName:
         )
     if backend == "_":
         backend = ANY
-    elif backend != ANY:
+    else:
         check_qube_name(backend)
     port, _, device_id = rest.replace("+", ":").partition(":")
     if not port:
@@ -370,8 +370,9 @@ def parse_device_argument(untrusted_argument: str) -> DeviceName:
 def parse_pairs(untrusted_text: str) -> dict[str, str]:
     """Device serialisation "key='value' key='value'" as a mapping; Refusal INVALID_DEVICE.
 
-    Of a key given twice the last value counts. An unquoted value or a character outside
-    the sets is refused.
+    Read as release 4.4 reads it: of a key given twice the last value counts, and the
+    last value loses its last character, which is its quote in well-formed text. A value
+    before another that is not closed, or a character outside the sets, is refused.
     """
     pairs: dict[str, str] = {}
     text = untrusted_text.strip()
@@ -387,8 +388,6 @@ def parse_pairs(untrusted_text: str) -> dict[str, str]:
             if not separator:
                 raise Refusal("INVALID_DEVICE", "A device value is not closed by a quote")
         else:
-            if not head.endswith("'"):
-                raise Refusal("INVALID_DEVICE", "A device value is not closed by a quote")
             value, next_key = head[:-1], ""
         _keep_pair(pairs, key.strip(), value)
         if not found:
@@ -451,8 +450,11 @@ def parse_assignment(
             options[key[1:]] = value
         elif key not in _ASSIGNMENT_KEYS:
             raise Refusal("INVALID_DEVICE", f"Unknown key '{_shown(key)}' in assignment")
-    device_id = pairs.get("device_id", device.device_id)
-    if device.device_id == ANY and "device_id" in pairs:
+    # An empty id is any id, as in the argument: no argument could name it otherwise.
+    device_id = pairs.get("device_id", device.device_id) or ANY
+    if "device_id" in pairs:
+        pairs["device_id"] = device_id
+    if device.device_id == ANY:
         device = DeviceName(device.backend, device.port, device_id)
     expected = (
         ("device_id", device.device_id),

@@ -101,7 +101,12 @@ class Volume:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A device assignment of a frontend qube; "*" stands for any."""
+    """A device assignment of a frontend qube; "*" stands for any.
+
+    frontend_told: who assigned it said which qube uses it, or it was loaded. Without that
+    its text leaves the qube out, as in release 4.4; qubes.xml does not keep it, so it
+    makes no record another one.
+    """
 
     devclass: str
     backend: str
@@ -109,6 +114,7 @@ class Assignment:
     identity: str = "*"
     mode: str = "required"
     options: Mapping[str, str] = field(default_factory=_nothing)
+    frontend_told: bool = field(default=True, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

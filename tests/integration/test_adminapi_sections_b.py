@@ -651,14 +651,14 @@ def power(r: Script) -> None:
     r.c("vm.Resume", "app", want="QubesVMNotPausedError")
     r.c("vm.Remove", "app", want="QubesVMNotHaltedError")
     r.c("prop.Set", "app", "template", "tmpl", want="QubesVMNotHaltedError")
-    r.c("vm.Console", "app", want="~.+")
+    r.c("vm.Console", "app")  # a simulated guest has no tty
     r.forget("all")
     r.forget("app")
     # Paused
     r.c("vm.Pause", "app")
     r.events("all", "app:domain-pre-paused", "app:domain-paused", until="app:domain-paused")
     state(r, "app", "Paused")
-    r.c("vm.Console", "app", want="~.+")
+    r.c("vm.Console", "app")  # a simulated guest has no tty
     r.c("vm.Start", "app")
     r.c("vm.Shutdown", "app", want="QubesVMNotRunningError")
     said = r.c("vm.Shutdown", "app", "wait", want="QubesVMNotRunningError").message
@@ -687,10 +687,17 @@ def power(r: Script) -> None:
     )
     r.forget("all")
     r.c("vm.Suspend", "app")
-    state(r, "app", "(Suspended|Paused)")
+    state(r, "app", "Suspended")
     r.c("vm.Pause", "app", want=REFUSED)
     r.c("vm.Resume", "app")
     state(r, "app", "Running")
+    # A guest that sleeps wakes up to stop.
+    r.c("vm.Suspend", "app")
+    r.c("vm.Start", "app")
+    r.forget("all")
+    r.c("vm.Shutdown", "app", "wait")
+    r.events("all", *stop_of("app"), until="app:domain-shutdown")
+    r.c("vm.Start", "app")
     r.forget("all")
     r.c("vm.Pause", "app")
     r.forget("all")
@@ -879,6 +886,9 @@ def devices(r: Script) -> None:
     r.c(assign, "dev", "back+sda", "mode='required' devclass='pci'", want="ProtocolError")
     r.c(assign, "dev", "back+sda", "mode='required' nosuch='1'", want="ProtocolError")
     r.c(assign, "dev", "back+sda", "mode='required' _read-only='a\nb'", want="ProtocolError")
+    r.c(assign, "dev", "back+sda", "mode='required", want="ProtocolError")
+    r.c(assign, "dev", "*+sda", mode("required"), want=REFUSED)
+    r.c(assign, "dev", "rem+sda+1+2", mode("required"), want=REFUSED)
     r.events("all")
     r.c(assign, "dev", "back+sda", "mode='auto-attach' _read-only='yes'")
     r.events(
@@ -888,7 +898,7 @@ def devices(r: Script) -> None:
     )
     line = (
         "back+sda:* device_id='*' port_id='sda' devclass='block' backend_domain='back'"
-        " mode='{}' frontend_domain='dev' _read-only='yes'\n"
+        " mode='{}' _read-only='yes'\n"
     ).format
     r.c("dev.block.Assigned", "dev", want="=" + line("auto-attach"))
     r.c("dev.block.Assigned", "dev", "back+sda", want="=" + line("auto-attach"))
@@ -913,6 +923,18 @@ def devices(r: Script) -> None:
         ]
         * 3,
     )
+    # Who uses it is said where it was told, and what no quote closes is cut.
+    told = "mode='auto-attach' frontend_domain='dev' device_id=''  _read-only='yes"
+    r.c(assign, "dev", "rem+sdc", told)
+    r.c(
+        "dev.block.Assigned",
+        "dev",
+        "rem+sdc",
+        want="=rem+sdc:* device_id='*' port_id='sdc' devclass='block' backend_domain='rem'"
+        " mode='auto-attach' frontend_domain='dev' _read-only='ye'\n",
+    )
+    r.c("vm.Remove", "rem", want="QubesVMInUseError")
+    r.c(unassign, "dev", "rem+sdc")
     r.c(assign, "dev", "back+sdb+dead+beef", mode("ask-to-attach"))
     r.c(assign, "dev", "back+_+dead+beef", mode("ask-to-attach"))
     r.c(assign, "dev", "dom0+00_1f.2", mode("required"), want="")

@@ -90,6 +90,16 @@ def test_power_calls_pass_a_shutdown_whose_guest_does_not_obey(world: World) -> 
     )
 
 
+def test_who_waited_too_long_is_told_in_the_words_of_4_4(world: World) -> None:
+    world.make("late", shutdown_timeout="1")
+    world.instance.ok("admin.vm.Start", "late")
+    reply = world.instance.call("admin.vm.Shutdown", "late", "wait")
+    assert reply.exception == "QubesVMShutdownTimeoutError"
+    # domain-shutdown-failed carries the same sentence.
+    assert reply.message == "Domain shutdown timed out: 'late'"
+    world.instance.ok("admin.vm.Kill", "late")
+
+
 def test_a_wait_for_a_guest_can_be_cancelled(world: World) -> None:
     world.make("waited", shutdown_timeout=LONG)
     world.instance.ok("admin.vm.Start", "waited")

@@ -155,6 +155,8 @@ def test_device_arguments(argument: str, name: DeviceName) -> None:
 def test_bad_device_arguments(argument: str) -> None:
     refused("INVALID_DEVICE", grammar.parse_device_argument, argument)
     refused("INVALID_NAME", grammar.parse_device_argument, "-x+1")
+    # Any backend is written _; no qube is called *.
+    refused("INVALID_NAME", grammar.parse_device_argument, "*+*")
 
 
 def test_recorded_device_texts() -> None:
@@ -193,6 +195,10 @@ def test_assignments() -> None:
     assert full.options == {"read-only": "yes", "": "x"}
     narrowed = grammar.parse_assignment("device_id='1:2:3:u000000'", "usb", name)
     assert narrowed.device.device_id == "1:2:3:u000000"
+    # An empty id is any id; what no argument names could not be taken away again.
+    assert grammar.parse_assignment("device_id=''", "usb", name).device == name
+    one = DeviceName("sys-usb", "2-1", "1:2")
+    refused("INVALID_DEVICE", grammar.parse_assignment, "device_id=''", "usb", one)
     for bad in ("port_id='3'", "devclass='pci'", "backend_domain='dom0'", "other='1'"):
         refused("INVALID_DEVICE", grammar.parse_assignment, bad, "usb", name, "work")
     refused("INVALID_DEVICE", grammar.parse_assignment, "frontend_domain='x'", "usb", name, "work")
@@ -201,10 +207,20 @@ def test_assignments() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["a", "a=", "a='1", "a=1", "='1'", "a='é'", "a b='1'", "a='1\n2'", "a='1'b='2'"],
+    ["a", "a=", "a=1", "='1'", "a='é'", "a b='1'", "a='1\n2'", "a='1'b='2'", "a='1 b='2'"],
 )
 def test_bad_pairs(text: str) -> None:
     refused("INVALID_DEVICE", grammar.parse_pairs, text)
+
+
+def test_the_last_value_is_cut_where_its_quote_should_be() -> None:
+    assert grammar.parse_pairs("a='1' b='yes") == {"a": "1", "b": "ye"}
+    assert grammar.parse_pairs("a='1") == {"a": ""}
+    assert grammar.parse_pairs("a='1'x") == {"a": "1'"}
+    name = DeviceName("sys-usb", "2-1")
+    refused("INVALID_DEVICE", grammar.parse_assignment, "mode='required", "usb", name)
+    cut = grammar.parse_assignment("mode='required' _read-only='yes", "usb", name)
+    assert (cut.mode, cut.options) == ("required", {"read-only": "ye"})
 
 
 _KEYS = st.text("abcXYZ019!#$%&()*+,-./:;<>?@[\\]^_{|}~", min_size=1, max_size=8)

@@ -724,13 +724,29 @@ def test_assignment_life(w: World) -> None:
     [
         (replace(STICK, mode="manual"), "INVALID_ASSIGNMENT_MODE"),
         (replace(STICK, backend="nosuch"), "QUBE_NOT_FOUND"),
-        (replace(STICK, backend="far"), "INVALID_DEVICE"),
+        (replace(STICK, backend="far", identity="1:2"), "INVALID_DEVICE"),
         (replace(STICK, options={"identity": "y"}), "INVALID_DEVICE"),
     ],
 )
 def test_bad_assignment(w: World, device: Assignment, reason: str) -> None:
     assert refused(lambda: w.do(AssignDevice("work", device))).reason == reason
     assert refused(lambda: w.do(AssignDevice("far", STICK))).reason == "QUBE_ERROR"
+
+
+@pytest.mark.parametrize("port", ["sda", "*"])
+def test_a_remote_qube_as_backend_of_what_is_left_open(w: World, port: str) -> None:
+    open_ = replace(STICK, backend="far", port=port)
+    assert len(w.do(AssignDevice("work", open_)).events) == 2
+    w.do(AssignDevice("work", replace(open_, port="*", identity="1:2")))
+    assert len(w.qube("work").devices) == 2
+
+
+def test_whether_the_frontend_was_told_makes_no_other_record(w: World) -> None:
+    w.do(AssignDevice("work", replace(STICK, frontend_told=False)))
+    (kept,) = w.qube("work").devices
+    assert not kept.frontend_told and kept == STICK
+    w.do(SetAssignment("work", STICK, "required"))
+    assert not w.qube("work").devices[0].frontend_told
 
 
 def test_options_are_looked_at_when_the_device_is_used(w: World) -> None:

@@ -132,11 +132,15 @@ def frontend(view: View, name: str) -> Qube:
 
 
 def check_backend(view: View, device: Assignment) -> Qube | None:
-    """The qube that offers the device, None for any; Refusal QUBE_NOT_FOUND, INVALID_DEVICE."""
+    """The qube that offers the device, None for any; Refusal QUBE_NOT_FOUND, INVALID_DEVICE.
+
+    A remote qube offers nothing. As in 4.4 that is said where one certain device of it is
+    named; what leaves the device open is merely never there.
+    """
     if device.backend == "*":
         return None
     backend = need_qube(view, device.backend)
-    if backend.klass not in LOCAL_VM:
+    if backend.klass not in LOCAL_VM and "*" not in (device.port, device.identity):
         raise Refusal(
             "INVALID_DEVICE", f"'{backend.name}' is remote and offers no devices", qube=backend.name
         )

@@ -51,7 +51,13 @@ def parse_assignment(identity: Assignment, frontend: Qube, untrusted_payload: by
     text = parse_assignment_text(untrusted_text, identity.devclass, named, frontend.name)
     device = text.device
     return Assignment(
-        identity.devclass, device.backend, device.port, device.device_id, text.mode, text.options
+        identity.devclass,
+        device.backend,
+        device.port,
+        device.device_id,
+        text.mode,
+        text.options,
+        frontend_told=bool(text.frontend),
     )
 
 
@@ -74,11 +80,12 @@ def _device_line(view: View, backend: Qube, fact: DeviceFact, shown: Callable[[Q
 
 def _assignment_line(device: Assignment, frontend: Qube) -> str:
     name = DeviceName(device.backend, device.port, device.identity)
+    user = frontend.name if device.frontend_told else ""
     try:
-        text = format_assignment(device.devclass, name, device.mode, device.options, frontend.name)
+        text = format_assignment(device.devclass, name, device.mode, device.options, user)
     except Refusal:
         # Options that were stored by other means: the assignment still has to be seen.
-        text = format_assignment(device.devclass, name, device.mode, {}, frontend.name)
+        text = format_assignment(device.devclass, name, device.mode, {}, user)
     return f"{device.backend}{_PORT_OWNER_SEPARATOR}{device.port}:{device.identity} {text}\n"
 
 

@@ -16,6 +16,8 @@ CPUS = 4
 MEMORY_MIB = 16384
 DOM0_MAXMEM_MIB = 4096
 SERVICES_KEPT = 256
+# What a guest uses of its time: next to nothing, as an idle one.
+CPU_SHARE = 0.01
 HOST_UUID = "00000000-0000-0000-0000-000000000000"
 
 
@@ -141,7 +143,7 @@ class Machine:
             maxmem=int(spec["maxmem_mib"]),
             vcpus=int(spec["vcpus"]),
             start_time=self._now(),
-            console=str(spec["console_log"]) or f"sim/console/{xid}",
+            console=str(spec["console_log"]),  # no log: a simulated guest has no tty
             disks={disk["target"]: dict(disk) for disk in spec["disks"]},
             interfaces=self._plugged(spec["interfaces"]),
             spec=spec,
@@ -196,7 +198,8 @@ class Machine:
 
     def shutdown(self, uuid: str) -> None:
         domain = self._need(uuid)
-        if domain.power == "running" and self.nature(domain).shutdown == "obey":
+        awake = domain.power in ("running", "pmsuspended")  # who sleeps wakes up for it
+        if awake and self.nature(domain).shutdown == "obey":
             self._end(domain, "shutdown")
 
     def destroy(self, uuid: str, boot_id: str) -> bool:
@@ -354,11 +357,16 @@ class Machine:
 
     def _stop_clock(self, domain: SimDomain) -> None:
         if domain.ran_since is not None:
-            domain.cpu_ns += max(0, int((self._now() - domain.ran_since) * 1e9))
+            domain.cpu_ns += self._used_ns(domain)
             domain.ran_since = None
 
+    def _used_ns(self, domain: SimDomain) -> int:
+        """Processor time since it began to run."""
+        if domain.ran_since is None:
+            return 0
+        return int(max(0.0, self._now() - domain.ran_since) * CPU_SHARE * 1e9)
+
     def _shown(self, domain: SimDomain) -> dict[str, Any]:
-        running = 0.0 if domain.ran_since is None else max(0.0, self._now() - domain.ran_since)
         return {
             "uuid": domain.uuid,
             "name": domain.name,
@@ -372,7 +380,7 @@ class Machine:
             "console": domain.console,
             "memory_kib": domain.memory * 1024,
             "memory_max_kib": max(domain.maxmem, domain.memory) * 1024,
-            "cpu_time_ns": domain.cpu_ns + int(running * 1e9),
+            "cpu_time_ns": domain.cpu_ns + self._used_ns(domain),
             "vcpus": domain.vcpus,
             "disks": list(domain.disks.values()),
             "hostdevs": domain.spec["hostdevs"],

@@ -189,8 +189,8 @@ class Stopped(_Forward):
                         Problem(
                             "FAILED_PRECONDITION",
                             "SHUTDOWN_TIMEOUT",
-                            f"{qube.name} did not stop within its shutdown_timeout; kill it, or "
-                            "wait longer",
+                            # In 4.4's words: event streams carry them as the reason.
+                            f"Domain shutdown timed out: '{qube.name}'",
                             {"qube": qube.name},
                         )
                     )

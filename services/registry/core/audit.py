@@ -70,9 +70,10 @@ _FIELDS: dict[type[Any], tuple[str, ...] | None] = {}
 
 
 def _all_names(kind: type[Any]) -> tuple[str, ...] | None:
-    """Fields of a dataclass; None for other types."""
+    """Fields of a dataclass that make two of it differ; None for other types."""
     if kind not in _FIELDS:
-        _FIELDS[kind] = tuple(f.name for f in fields(kind)) if is_dataclass(kind) else None
+        names = tuple(f.name for f in fields(kind) if f.compare) if is_dataclass(kind) else None
+        _FIELDS[kind] = names
     return _FIELDS[kind]
 
 
