@@ -318,7 +318,7 @@ def test_firewall_and_notes(client: AdminClient, events: Listener) -> None:
 
 def test_devices(client: AdminClient, events: Listener) -> None:
     create(client, "dev")
-    payload = b"mode='required' _read-only='yes'"
+    payload = b"mode='required' frontend_domain='dev' _read-only='yes'"
     client.call("admin.vm.device.block.Assign", "dev", "dom0+sdz", payload)
     assert client.text("admin.vm.device.block.Assigned", "dev") == (
         "dom0+sdz:* device_id='*' port_id='sdz' devclass='block' backend_domain='dom0' "
