@@ -96,46 +96,6 @@ def property_reset(
     )
 
 
-def netvm_reset(
-    subject: Qube,
-    oldvalue: OldValue,
-    newvalue: Value,
-    caused: Iterable[WireEvent] = (),
-) -> Events:
-    """The burst of resetting netvm; the set pair only where the value differs."""
-    old = _old(oldvalue)
-    changed = isinstance(oldvalue, _Absent) or oldvalue != newvalue
-    pre_set: Events = ()
-    post_set: Events = ()
-    if changed:
-        pre_set = (property_pre_set(subject, "netvm", newvalue, oldvalue),)
-        post_set = (property_set_only(subject, "netvm", newvalue, oldvalue),)
-    return (
-        make(subject, "property-pre-reset:netvm", name="netvm", **old),
-        *pre_set,
-        make(subject, "property-pre-del:netvm", name="netvm", **old),
-        *caused,
-        *post_set,
-        make(subject, "property-reset:netvm", name="netvm", **old),
-        make(subject, "property-del:netvm", name="netvm", **old),
-    )
-
-
-def default_netvm_set(newvalue: Value, oldvalue: OldValue, affected: Iterable[Qube]) -> Events:
-    """The burst of setting the system's default_netvm; affected: qubes that use the default."""
-    qubes = tuple(affected)
-    posts: list[WireEvent] = []
-    for qube in qubes:
-        posts.append(property_set_only(qube, "netvm", newvalue, oldvalue))
-        posts.append(value_changed(qube, "netvm"))
-    return (
-        property_pre_set(None, "default_netvm", newvalue, oldvalue),
-        *(property_pre_set(qube, "netvm", newvalue, oldvalue) for qube in qubes),
-        *posts,
-        property_set_only(None, "default_netvm", newvalue, oldvalue),
-    )
-
-
 def value_changed(subject: Subject, name: str) -> WireEvent:
     """property-reset alone: a computed or default value is another one now."""
     return make(subject, f"property-reset:{name}", name=name)

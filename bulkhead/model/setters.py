@@ -117,8 +117,9 @@ def check_guards(view: View, qube: Holder, row: PropertyRow, text: str) -> None:
 def check_reset(view: View, qube: Holder, row: PropertyRow) -> None:
     """Refuse a reset that may not happen.
 
-    Refusals: PROPERTY_READ_ONLY and PROPERTY_FIXED (write-once), INVALID_VALUE (template,
-    label, netvm loop), QUBE_IN_USE, QUBE_NOT_HALTED.
+    What another netvm needs of a running qube is check_guards' work. Refusals:
+    PROPERTY_READ_ONLY and PROPERTY_FIXED (write-once), INVALID_VALUE (template, label,
+    default_kernel, netvm loop), QUBE_IN_USE.
     """
     if row.write_once:
         raise _write_once(qube, row)
@@ -133,13 +134,8 @@ def check_reset(view: View, qube: Holder, row: PropertyRow) -> None:
         return  # a computed property is at its default already
     if row.name in ("provides_network", "template_for_dispvms"):
         _GUARDS[row.name](view, qube, "False")
-    elif row.name == "maxmem":
-        _guard_maxmem(view, qube, "")
     elif row.name == "netvm" and qube.klass != TEMPLATE:
-        default = view.properties.get("default_netvm") or ""
-        if default:
-            _check_loop(view, qube, row, default)
-        _guard_netvm(view, qube, default)
+        _check_loop(view, qube, row, view.properties.get("default_netvm") or "")
 
 
 # ---- text to typed text

@@ -383,29 +383,6 @@ def test_property_events() -> None:
     assert all(pairs_of(event) == ["name=memory", "oldvalue=500"] for event in reset)
 
 
-def test_netvm_events() -> None:
-    world = networked_world()
-    work = world.get("work")
-    names = [event.name for event in events.netvm_reset(work, "sys-net", None)]
-    assert names == [
-        f"property-{part}:netvm"
-        for part in ("pre-reset", "pre-set", "pre-del", "set", "reset", "del")
-    ]
-    same = [event.name for event in events.netvm_reset(work, None, None)]
-    assert "property-set:netvm" not in same and len(same) == 4
-    burst = events.default_netvm_set("sys-net", None, [world.get("dvm"), work])
-    assert [(event.subject, event.name) for event in burst] == [
-        ("", "property-pre-set:default_netvm"),
-        ("dvm", "property-pre-set:netvm"),
-        ("work", "property-pre-set:netvm"),
-        ("dvm", "property-set:netvm"),
-        ("dvm", "property-reset:netvm"),
-        ("work", "property-set:netvm"),
-        ("work", "property-reset:netvm"),
-        ("", "property-set:default_netvm"),
-    ]
-
-
 def test_other_events() -> None:
     world = recorded_world()
     work, dom0 = world.get("work"), world.get("dom0")

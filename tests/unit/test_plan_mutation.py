@@ -216,6 +216,60 @@ def test_netvm_reset_sequence(w: World) -> None:
     ]
 
 
+def test_netvm_reset_of_a_running_qube(w: World) -> None:
+    """Another netvm is told, checked and connected as by a Set; the same is not touched."""
+    w.start("sys-net")
+    w.start("vault")
+    w.set("vault", "netvm", "sys-net")
+    w.set("", "default_netvm", "sys-net")
+    same = w.do(ResetProperty("vault", "netvm"))
+    assert [name.partition(":")[2] for name in names(same.events)] == [
+        f"property-{what}:netvm" for what in ("pre-reset", "pre-del", "reset", "del")
+    ]
+    w.set("vault", "netvm", "")
+    assert names(w.do(ResetProperty("vault", "netvm")).events) == [
+        "vault:property-pre-reset:netvm",
+        "vault:property-pre-set:netvm",
+        "vault:property-pre-del:netvm",
+        "sys-net:net-domain-connect",
+        "vault:property-set:netvm",
+        "vault:property-reset:netvm",
+        "vault:property-del:netvm",
+    ]
+
+
+def test_netvm_reset_to_one_that_is_off(w: World) -> None:
+    w.set("", "default_netvm", "sys-net")
+    w.set("vault", "netvm", "")
+    w.start("vault")
+    refusal = refused(lambda: w.do(ResetProperty("vault", "netvm")))
+    assert isinstance(refusal, PlanRefused)
+    assert refusal.reason == "QUBE_NOT_STARTED"
+    assert names(refusal.events) == [
+        "vault:property-pre-reset:netvm",
+        "vault:property-pre-set:netvm",
+    ]
+
+
+def test_the_same_default_netvm_connects_nobody(w: World) -> None:
+    w.start("sys-net")
+    w.set("", "default_netvm", "sys-net")
+    w.start("vault")
+    got = names(w.set("", "default_netvm", "sys-net").events)
+    assert "sys-net:net-domain-connect" not in got
+    assert "vault:property-set:netvm" not in got
+    assert "vault:property-reset:netvm" in got
+
+
+def test_maxmem_of_a_running_qube_can_be_reset(w: World) -> None:
+    w.set("work", "maxmem", "1000")
+    w.start("sys-net")
+    w.start("work")
+    assert refused(lambda: w.set("work", "maxmem", "500")).reason == "QUBE_NOT_HALTED"
+    assert len(w.do(ResetProperty("work", "maxmem")).events) == 4
+    assert "maxmem" not in w.qube("work").properties
+
+
 def test_default_netvm_cascade(w: World) -> None:
     events = w.set("", "default_netvm", "sys-net").events
     assert names(events) == [

@@ -91,24 +91,24 @@ def clear_property(draft: Draft, qube: Qube, row: PropertyRow) -> None:
     old = _old(view, qube, name)
     default = default_of(view, qube, name)
     new: Value = None if default is NO_DEFAULT else default
-    burst = (
-        events.netvm_reset(qube, old, new)
-        if name == "netvm"
-        else events.property_reset(qube, name, old)
-    )
-    before = [e for e in burst if e.name.startswith(("property-pre-",))]
-    after = [e for e in burst if not e.name.startswith(("property-pre-",))]
+    pre_reset, pre_del, *after = events.property_reset(qube, name, old)
     if row.write_once or name in _SILENT_GUARDS:
         check_reset(view, qube, row)
-    draft.emit(before[0])
+    draft.emit(pre_reset)
     check_reset(view, qube, row)
-    draft.emit(*before[1:])
-    if name == "netvm":
+    # Another netvm is told, checked and connected as by a Set, the same one is not touched.
+    is_netvm = name == "netvm"
+    if is_netvm and new != old:
+        draft.emit(events.property_pre_set(qube, name, new, old))
+        check_guards(view, qube, row, str(new or ""))
         _before_netvm(draft, qube)
+    draft.emit(pre_del)
     if row.stored:
         qube = draft.set_stored(qube, name, None)
-        if name not in _ALONE_WHEN_RESET:
+        if name not in _ALONE_WHEN_RESET and not (is_netvm and new == old):
             _consequences(draft, qube, row, new, old)
+    if is_netvm and new != old:
+        draft.emit(events.property_set_only(qube, name, new, old))
     draft.emit(*after)
     _mark_live(draft, qube, row)
     _requalify(draft, qube, name)
@@ -371,8 +371,8 @@ def _after_system(draft: Draft, name: str, new: Value, old: OldValue) -> None:
         case "default_netvm":
             _clients_changed(draft, new, old)
             for qube in by_name(uses_default_netvm(view)):
-                _connected(draft, qube, new)
                 if new != old:
+                    _connected(draft, qube, new)
                     draft.emit(events.property_set_only(qube, "netvm", new, old))
                 draft.emit(events.value_changed(qube, "netvm"))
                 _mark_live(draft, qube, find_row(qube.klass, "netvm"))
