@@ -373,7 +373,13 @@ def test_paused_qube_gets_its_netvm_when_it_runs_again(w: World) -> None:
     ]
     assert plan.live == (w.qube("sys-net").uuid,) and plan.beside
     assert w.qube("work").features["deferred-netvm-original"] == "sys-net"
-    w.set("work", "netvm", "sys-net")
+    again = w.set("work", "netvm", "sys-net")
+    assert names(again.events) == [
+        "work:property-pre-set:netvm",
+        "sys-net:net-domain-connect",
+        "work:property-set:netvm",
+    ]
+    assert again.live == ()
     w.set("work", "netvm", "")
     assert w.qube("work").features["deferred-netvm-original"] == "sys-net"
     begun = w.begin(UnpauseSpec("work"))

@@ -271,9 +271,10 @@ def _before_netvm(draft: Draft, qube: Qube) -> None:
 
 
 def _connected(draft: Draft, qube: Qube, new: Value) -> None:
+    """Told to the netvm at once, also where a paused client gets its interface later."""
     view = draft.view
     netvm = view.qube(str(new)) if new else None
-    if netvm is None or qube.run.phase is not Phase.UP or _paused(view, qube):
+    if netvm is None or qube.run.phase is not Phase.UP:
         return
     if is_running(view, netvm):
         draft.emit(events.net_domain_connect(netvm, qube))
