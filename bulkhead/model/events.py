@@ -96,9 +96,9 @@ def property_reset(
     )
 
 
-def value_changed(subject: Subject, name: str) -> WireEvent:
+def value_changed(subject: Subject, name: str, oldvalue: OldValue = ABSENT) -> WireEvent:
     """property-reset alone: a computed or default value is another one now."""
-    return make(subject, f"property-reset:{name}", name=name)
+    return make(subject, f"property-reset:{name}", name=name, **_old(oldvalue))
 
 
 def values_changed(subject: Subject, names: Iterable[str]) -> Events:

@@ -413,13 +413,13 @@ SETS: list[tuple[str, str, str, str | None, list[str]]] = [
         "- pre-set:default_netvm None>net",
         *(f"{name} pre-set:netvm None>net" for name in ("d1", "dvm", "work")),
         *(f"{name} {what}" for name in ("d1", "dvm", "work")
-          for what in ("set:netvm None>net", "reset:netvm")),
+          for what in ("set:netvm None>net", "reset:netvm None>")),
         "- set:default_netvm None>net",
     ]),
     ("", "", "default_netvm", "net", [
         "- pre-set:default_netvm net>net",
         *(f"{name} pre-set:netvm net>net" for name in ("d1", "dvm", "work")),
-        *(f"{name} reset:netvm" for name in ("d1", "dvm", "work")),
+        *(f"{name} reset:netvm net>" for name in ("d1", "dvm", "work")),
         "- set:default_netvm net>net",
     ]),
     ("", "", "default_netvm", None, [

@@ -286,6 +286,7 @@ def test_default_netvm_cascade(w: World) -> None:
         "property-set:default_netvm",
     ]
     assert pairs(events[1]) == {"name": "netvm", "newvalue": "sys-net", "oldvalue": "None"}
+    assert pairs(events[5]) == {"name": "netvm", "oldvalue": "None"}
 
 
 def test_default_netvm_reset_is_not_told_and_takes_effect(w: World) -> None:

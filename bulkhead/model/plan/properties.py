@@ -375,7 +375,8 @@ def _after_system(draft: Draft, name: str, new: Value, old: OldValue) -> None:
                 if new != old:
                     _connected(draft, qube, new)
                     draft.emit(events.property_set_only(qube, "netvm", new, old))
-                draft.emit(events.value_changed(qube, "netvm"))
+                # With the former value: who hears of the reset has no other way to know it.
+                draft.emit(events.value_changed(qube, "netvm", old))
                 _mark_live(draft, qube, find_row(qube.klass, "netvm"))
         case "default_guivm" | "default_audiovm":
             own = name.removeprefix("default_")
