@@ -300,7 +300,9 @@ def test_default_netvm_reset_is_not_told_and_takes_effect(w: World) -> None:
         "property-reset:default_netvm",
         "property-del:default_netvm",
     ]
-    assert plan.live == (w.qube("vault").uuid,)
+    # The netvm forgets those that do not run; the one that does is disconnected.
+    assert set(plan.live) == {w.qube("sys-net").uuid, w.qube("vault").uuid}
+    assert plan.beside == {w.qube("sys-net").uuid}
     assert evaluate(w.view, w.qube("vault"), "netvm") is None
 
 

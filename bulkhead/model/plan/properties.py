@@ -334,18 +334,19 @@ def reset_system(draft: Draft, name: str) -> None:
         case "clockvm":
             draft.set_system(name, None)  # who was it keeps the feature
         case "default_netvm":
-            _default_netvm_reset(draft)
+            _default_netvm_reset(draft, old)
         case _ if row.stored:
             draft.set_system(name, None)
             _after_system(draft, name, new, old)
     draft.emit(*burst[2:])
 
 
-def _default_netvm_reset(draft: Draft) -> None:
+def _default_netvm_reset(draft: Draft, old: OldValue) -> None:
     """Qubes that use it lose their network, and no event tells of them."""
     for qube in by_name(uses_default_netvm(draft.view)):
         _before_netvm(draft, qube)
     draft.set_system("default_netvm", None)
+    _clients_changed(draft, old)
     for qube in by_name(uses_default_netvm(draft.view)):
         _mark_live(draft, qube, find_row(qube.klass, "netvm"))
 
