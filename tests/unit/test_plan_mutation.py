@@ -454,6 +454,14 @@ def test_keyboard_layout_reaches_who_is_shown_there(w: World) -> None:
     got = names(w.set("dom0", "keyboard_layout", "fr++").events)
     assert "vault:property-reset:keyboard_layout" in got
     assert "work:property-reset:keyboard_layout" not in got
+    # Also through another qube that has it from dom0 itself; a circle ends.
+    w.set("vault", "guivm", "sys-net")
+    w.set("dvm", "guivm", "dvm")
+    got = names(w.set("dom0", "keyboard_layout", "us++").events)
+    reset = [name.partition(":")[0] for name in got if "property-reset" in name]
+    assert "dvm" not in reset
+    assert reset.index("vault") == reset.index("sys-net") - 1
+    assert len(reset) == len(set(reset))
 
 
 def test_template_change_needs_a_halted_qube_and_moves_snapshots(w: World) -> None:

@@ -166,10 +166,7 @@ def _consequences(draft: Draft, qube: Qube, row: PropertyRow, new: Value, old: O
         case "ip" | "ip6":
             _address_changed(draft, qube, name)
         case "keyboard_layout":
-            for other in by_name(shown_by(view, qube)):
-                if is_default(view, other, name):
-                    draft.emit(events.value_changed(other, name))
-                    draft.live(other)
+            _layout_changed(draft, qube, {qube.uuid})
         case "appvm_default_bootmode":
             for child in children(view, qube):
                 if is_default(view, child, "bootmode"):
@@ -182,6 +179,17 @@ def _inherited(draft: Draft, template: Qube, name: str) -> None:
     for child in children(draft.view, template):
         if has_property(child.klass, name) and is_default(draft.view, child, name):
             draft.emit(events.value_changed(child, name))
+
+
+def _layout_changed(draft: Draft, guivm: Qube, seen: set[str]) -> None:
+    """Who has the keyboard layout from a guivm, who shows others itself after those."""
+    for other in by_name(shown_by(draft.view, guivm)):
+        if other.uuid in seen or not is_default(draft.view, other, "keyboard_layout"):
+            continue
+        seen.add(other.uuid)
+        _layout_changed(draft, other, seen)
+        draft.emit(events.value_changed(other, "keyboard_layout"))
+        draft.live(other)
 
 
 def _relays_changed(draft: Draft, *relays: OldValue) -> None:
