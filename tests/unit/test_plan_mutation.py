@@ -179,15 +179,15 @@ def test_default_guivm_reaches_who_uses_it(w: World) -> None:
 def test_provides_network_sets_servicevm(w: World) -> None:
     assert names(w.set("vault", "provides_network", "True").events) == [
         "vault:property-pre-set:provides_network",
+        "vault:domain-feature-pre-set:servicevm",
+        "vault:domain-feature-set:servicevm",
         "vault:property-reset:gateway",
         "vault:property-reset:gateway6",
         "vault:property-reset:icon",
-        "vault:domain-feature-pre-set:servicevm",
-        "vault:domain-feature-set:servicevm",
         "vault:property-set:provides_network",
     ]
     assert w.qube("vault").features["servicevm"] == "1"
-    assert names(w.set("vault", "provides_network", "False").events)[4:6] == [
+    assert names(w.set("vault", "provides_network", "False").events)[1:3] == [
         "vault:domain-feature-pre-delete:servicevm",
         "vault:domain-feature-delete:servicevm",
     ]

@@ -149,8 +149,9 @@ def _consequences(draft: Draft, qube: Qube, row: PropertyRow, new: Value, old: O
         case "label" | "template_for_dispvms":
             draft.emit(events.value_changed(qube, "icon"))
         case "provides_network":
-            draft.emit(*events.values_changed(qube, ("gateway", "gateway6", "icon")))
+            # 4.4: extensions belong to all local qubes, a base of what has a network.
             _servicevm(draft, qube, bool(new))
+            draft.emit(*events.values_changed(qube, ("gateway", "gateway6", "icon")))
         case "template":
             follow_template(draft, qube)
         case "guivm" | "audiovm" | "relayvm":
