@@ -13,7 +13,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bulkhead.model.properties import TEMPLATE, TEMPLATE_BASED, has_property
+from bulkhead.model.properties import (
+    ADMIN,
+    DISPOSABLE_TEMPLATES,
+    REMOTE,
+    TEMPLATE,
+    TEMPLATE_BASED,
+    has_property,
+)
 from bulkhead.model.records import ADMINVM_UUID, Qube
 from bulkhead.model.refusal import Refusal
 from bulkhead.model.view import View
@@ -117,17 +124,25 @@ _SERVICE_LIMIT = 48
 _CONFIG_LIMIT = 52
 _PERSIST_LIMIT = 54
 _APP_DISPVM = "app-dispvm."
-_PERSIST_VALUE = re.compile(r"(?:(?:file|dir):[^:/\s]+:[^:/\s]+:0?[0-7]{1,4}:)?/[^\0]*\Z")
+_PERSIST_VALUE = re.compile(r"(?:(?:file|dir):[^:/\s]+:[^:/\s]+:0*[0-7]{1,4}:)?/[^\0]*\Z")
+_PRELOAD_CLASSES = DISPOSABLE_TEMPLATES | {ADMIN}
 _PRELOAD_RPCS = ("qubes.WaitForRunningSystem", "qubes.WaitForSession")
 _INTEGER = re.compile(r"[0-9]{1,9}\Z")
-_FLOAT = re.compile(r"-?[0-9]{1,9}(?:\.[0-9]{1,9})?\Z")
+# What reads as a number of seconds; not a number and infinity are none.
+_FLOAT = re.compile(
+    r"\s*[+-]?(?:[0-9]{1,9}\.?[0-9]{0,9}|\.[0-9]{1,9})(?:[eE][+-]?[0-9]{1,2})?\s*\Z"
+)
 
 
 def check_feature(view: View, qube: Qube, name: str, value: str) -> None:
     """Refuse a value that the feature's name does not allow; name and value are well formed.
 
-    Refusal INVALID_VALUE.
+    What a name means depends on the qube's class: a remote qube's features are exported
+    nowhere, and preloading is a matter of disposable templates and of dom0. Refusal
+    INVALID_VALUE.
     """
+    if qube.klass == REMOTE:
+        return
     prefix, dot, rest = name.partition(".")
     if dot and prefix == "service":
         if not rest or "/" in rest or rest in (".", ".."):
@@ -148,28 +163,29 @@ def check_feature(view: View, qube: Qube, name: str, value: str) -> None:
             )
     elif name == "preload-dispvm-max":
         _check_preload_max(view, qube, value)
-    elif name == "preload-dispvm-threshold":
+    elif name == "preload-dispvm-threshold" and qube.klass == ADMIN:
         if value and not _INTEGER.match(value):
             raise _refusal(qube, name, "the value must be a whole number of MiB, not negative")
-    elif name == "preload-dispvm-delay" and value and not _FLOAT.match(value):
-        raise _refusal(qube, name, "the value must be a number of seconds")
+    elif name == "preload-dispvm-delay" and qube.klass in _PRELOAD_CLASSES:
+        if value and not _FLOAT.match(value):
+            raise _refusal(qube, name, "the value must be a number of seconds")
 
 
 def _check_preload_max(view: View, qube: Qube, value: str) -> None:
     name = "preload-dispvm-max"
-    template: Qube | None = qube
-    if qube.uuid == ADMINVM_UUID:
-        # dom0's number counts for the system's default disposable template.
+    template: Qube | None = qube if qube.klass in DISPOSABLE_TEMPLATES else None
+    if qube.klass == ADMIN and qube.features.get(name) != value:
+        # dom0's number counts for the system's default disposable template; without one
+        # there is nothing yet that it could be wrong for.
         default = view.properties.get("default_dispvm")
         template = view.qube(default) if default else None
-        if qube.features.get(name) == value:
-            return
-    if template is not None:
-        if not truthy(view, template, "qrexec", "template"):
-            raise _refusal(qube, name, f"preloading needs the feature qrexec on {template.name}")
-        for rpc in _PRELOAD_RPCS:
-            if not truthy(view, template, f"supported-rpc.{rpc}", "template"):
-                raise _refusal(qube, name, f"preloading needs the service {rpc} in {template.name}")
+    if template is None:
+        return
+    if not truthy(view, template, "qrexec", "template"):
+        raise _refusal(qube, name, f"preloading needs the feature qrexec on {template.name}")
+    for rpc in _PRELOAD_RPCS:
+        if not truthy(view, template, f"supported-rpc.{rpc}", "template"):
+            raise _refusal(qube, name, f"preloading needs the service {rpc} in {template.name}")
     if value and not _INTEGER.match(value):
         raise _refusal(qube, name, "the value must be a whole number, not negative")
 

@@ -41,16 +41,21 @@ POLICY = "drop"
 _VALUE = re.compile(r"[A-Za-z0-9:;,./_\[\]-]*\Z")
 _COMMENT = re.compile(r"[A-Za-z0-9:;,./_\[\] -]*\Z")
 _DIGITS = re.compile(r"[0-9]+\Z")
-_HOST = re.compile(r"[a-z0-9_.][a-z0-9_.-]*\Z")
+_HOST = re.compile(r"[a-z0-9._-]*\Z")
 _HOST_LIMIT = 253
 _LABEL_LIMIT = 63
 _EXPIRE_DIGITS = 15
+_NUMBER_DIGITS = 10  # with leading zeros
 _PORT_LIMIT = 65535
 
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """Where a rule points. key: "dst4" or "dst6" (text is ADDRESS/LENGTH) or "dsthost"."""
+    """Where a rule points. key: "dst4" or "dst6" (text is ADDRESS/LENGTH) or "dsthost".
+
+    The text is as it was set: host bits, letter case and zeros before the length stay.
+    A host name has a name's characters, and need not be one that can be looked up.
+    """
 
     key: str
     text: str
@@ -60,6 +65,24 @@ class Destination:
         if self.key == "dsthost":
             return None
         return ipaddress.ip_network(self.text, strict=False)
+
+    def problem(self) -> str:
+        """Why a host name cannot be looked up by anybody, "" where it can or is none.
+
+        "127.1" and "1.2.3" are read as addresses by some resolvers and as names by others.
+        """
+        if self.key != "dsthost":
+            return ""
+        if not self.text:
+            return "the host name is empty"
+        labels = self.text.removesuffix(".").split(".")
+        if len(self.text) > _HOST_LIMIT or any(len(label) > _LABEL_LIMIT for label in labels):
+            return f"{self.text[:40]}... is longer than a host name can be"
+        if not all(labels) or self.text.startswith("-"):
+            return f"{self.text} is no host name"
+        if labels[-1].isdigit():
+            return f"{self.text} ends in a number: write the whole address"
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +121,10 @@ def parse_destination(untrusted_text: str) -> Destination:
     """An address, a network or a host name, whichever key it came under.
 
     Refusal INVALID_RULE. Host bits of a network are kept in the text (a reader sees
-    what was set) and ignored by network().
+    what was set) and ignored by network(); so is a host name that nobody can look up,
+    see Destination.problem().
     """
     untrusted_text = _plain("dsthost", untrusted_text)
-    if untrusted_text == "":
-        raise _refuse("dsthost is empty; give an address, a network or a host name", key="dsthost")
     if "/" in untrusted_text:
         return _parse_network(untrusted_text)
     try:
@@ -125,16 +147,11 @@ def _parse_network(untrusted_text: str) -> Destination:
             value=untrusted_text,
         ) from None
     limit = 32 if address.version == 4 else 128
-    # "08" would read as a length here and as an error in the kernel's tool.
-    if not _DIGITS.match(untrusted_length) or (
-        len(untrusted_length) > 1 and untrusted_length.startswith("0")
-    ):
+    if not _DIGITS.match(untrusted_length):
         raise _refuse(
-            f"{untrusted_text} has no plain decimal prefix length",
-            key="dsthost",
-            value=untrusted_text,
+            f"{untrusted_text} has no decimal prefix length", key="dsthost", value=untrusted_text
         )
-    if len(untrusted_length) > 3 or int(untrusted_length) > limit:
+    if len(untrusted_length) > _NUMBER_DIGITS or int(untrusted_length) > limit:
         raise _refuse(
             f"{untrusted_text} has a prefix length over {limit}",
             key="dsthost",
@@ -144,24 +161,12 @@ def _parse_network(untrusted_text: str) -> Destination:
 
 
 def _host_name(untrusted_name: str) -> str:
-    labels = untrusted_name.removesuffix(".").split(".")
-    if (
-        not _HOST.match(untrusted_name)
-        or len(untrusted_name) > _HOST_LIMIT
-        or not all(0 < len(label) <= _LABEL_LIMIT for label in labels)
-    ):
+    if not _HOST.match(untrusted_name):
         raise _refuse(
             f"{untrusted_name[:80]} is neither an address nor a host name of lower-case "
             "letters, digits, '-', '.' and '_'",
             key="dsthost",
             value=untrusted_name[:80],
-        )
-    # "127.1" and "1.2.3" are read as addresses by some resolvers and as names by others.
-    if labels[-1].isdigit():
-        raise _refuse(
-            f"{untrusted_name} ends in a number: write the whole address",
-            key="dsthost",
-            value=untrusted_name,
         )
     return untrusted_name
 
@@ -172,7 +177,7 @@ def parse_ports(untrusted_text: str) -> tuple[int, int]:
     if not dash:
         untrusted_last = untrusted_first
     for untrusted_number in (untrusted_first, untrusted_last):
-        if not _DIGITS.match(untrusted_number) or len(untrusted_number) > 5:
+        if not _DIGITS.match(untrusted_number) or len(untrusted_number) > _NUMBER_DIGITS:
             raise _refuse(
                 f"dstports {untrusted_text[:80]} is not N or N-M",
                 key="dstports",
@@ -287,11 +292,12 @@ def with_proto(rule: Rule, untrusted_proto: str) -> Rule:
 def parse_line(untrusted_line: str) -> Rule:
     """A rule from one API line: KEY=VALUE tokens parted by single spaces, comment last.
 
-    Refusal INVALID_RULE; an empty line, a double space and a repeated key are refused.
+    Space around the line's keys is ignored. Refusal INVALID_RULE; an empty line, a double
+    space and a repeated key are refused.
     """
     untrusted_head, found, untrusted_comment = untrusted_line.partition("comment=")
     untrusted_values: dict[str, str] = {}
-    for untrusted_token in untrusted_head.strip(" ").split(" "):
+    for untrusted_token in untrusted_head.strip().split(" "):
         key, equals, untrusted_text = untrusted_token.partition("=")
         if not equals:
             raise _refuse(
@@ -365,10 +371,20 @@ def api_lines(rules: Iterable[Rule], now: float) -> tuple[str, ...]:
 
 
 def guest_value(rule: Rule) -> str:
-    """The rule as a network qube reads it from its guest keys: no expire, no comment."""
+    """The rule as a network qube reads it from its guest keys: no expire, no comment.
+
+    A prefix length without zeros before it, which the kernel's tool does not take.
+    """
     return " ".join(
-        f"{key}={text}" for key, text in _parts(rule) if key not in ("expire", "comment")
+        f"{key}={_plain_length(text) if key in ('dst4', 'dst6') else text}"
+        for key, text in _parts(rule)
+        if key not in ("expire", "comment")
     )
+
+
+def _plain_length(text: str) -> str:
+    address, _, length = text.partition("/")
+    return f"{address}/{int(length)}"
 
 
 def properties(rule: Rule) -> tuple[tuple[str, str], ...]:

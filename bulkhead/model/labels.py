@@ -34,16 +34,48 @@ def migrate_color(color: str) -> str:
     return _GRAY if color == _OLD_GRAY else color
 
 
+_INDEX_PREFIX = "label-"
+
+
 def find_label(view: View, untrusted_text: str) -> Label:
-    """The label of that name, decimal index or "label-INDEX"; Refusal LABEL_NOT_FOUND."""
-    label = view.label_by_name(untrusted_text)
-    if label is not None:
-        return label
-    with contextlib.suppress(ValueError):  # whatever int() takes is a number
-        label = view.labels.get(int(untrusted_text.removeprefix("label-")))
-        if label is not None:
+    """The label of that name or decimal index; Refusal LABEL_NOT_FOUND."""
+    label = view.label_by_name(untrusted_text) or _by_index(view, untrusted_text)
+    if label is None:
+        raise _not_found(untrusted_text)
+    return label
+
+
+def label_of_value(view: View, untrusted_text: str) -> Label:
+    """The label that a property's new value names: "label-INDEX" comes before a name.
+
+    LABEL_NOT_FOUND.
+    """
+    if untrusted_text.startswith(_INDEX_PREFIX):
+        digits = untrusted_text.removeprefix(_INDEX_PREFIX)
+        if digits.isdigit():
+            label = _by_index(view, digits)
+            if label is None:
+                raise _not_found(untrusted_text)
             return label
-    raise Refusal(
+    return find_label(view, untrusted_text)
+
+
+def label_of_stored(view: View, text: str) -> Label:
+    """The label that a store names: the name first, since names are what is written.
+
+    LABEL_NOT_FOUND.
+    """
+    return view.label_by_name(text) or label_of_value(view, text)
+
+
+def _by_index(view: View, untrusted_text: str) -> Label | None:
+    with contextlib.suppress(ValueError):  # whatever int() takes is a number
+        return view.labels.get(int(untrusted_text))
+    return None
+
+
+def _not_found(untrusted_text: str) -> Refusal:
+    return Refusal(
         "LABEL_NOT_FOUND",
         f"Label does not exist: {shown(untrusted_text)}",
         label=shown(untrusted_text),

@@ -95,6 +95,8 @@ def parse_stored(view: View, qube: Holder, row: PropertyRow, text: str) -> str:
         return str(value)
     if not grammar.printable_ascii(text) and not grammar.python_printable(text):
         raise _invalid(qube, row, text, "unprintable characters")
+    if row.type == "label":
+        return labels.label_of_stored(view, text).name
     parsed = _PARSERS.get(row.type, _parse_text)(view, qube, row, text)
     return _check(view, qube, row, parsed, loops=False)
 
@@ -180,7 +182,7 @@ def _parse_qube(view: View, qube: Holder, row: PropertyRow, untrusted_value: str
 
 def _parse_label(view: View, qube: Holder, row: PropertyRow, untrusted_value: str) -> str:
     del qube, row
-    return labels.find_label(view, untrusted_value).name
+    return labels.label_of_value(view, untrusted_value).name
 
 
 def _parse_uuid(view: View, qube: Holder, row: PropertyRow, untrusted_value: str) -> str:

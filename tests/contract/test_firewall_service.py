@@ -189,7 +189,7 @@ def test_set_refuses_a_bad_list_and_changes_nothing(world: World) -> None:
         keeper = await started(world)
         await keeper.set_rules(A, "work", ["action=drop"])
         before = world.file(A)
-        for bad in (["action=accept", "action=maybe"], [""], ["action=accept dsthost="]):
+        for bad in (["action=accept", "action=maybe"], [""], ["action=accept dsthost=A"]):
             with pytest.raises(Refusal) as refused:
                 await keeper.set_rules(A, "work", bad)
             assert refused.value.reason == "INVALID_RULE"

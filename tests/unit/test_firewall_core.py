@@ -73,6 +73,11 @@ def test_empty_list_is_a_file_without_rules() -> None:
     assert rules_file.parse(rules_file.render((), NOW)) == ()
 
 
+def test_file_with_an_empty_host_name_is_that_of_an_earlier_set() -> None:
+    rules = parse_lines(["action=accept dsthost=", "action=drop dst4=10.0.0.0/08"])
+    assert rules_file.parse(rules_file.render(rules, NOW)) == rules
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -84,7 +89,7 @@ def test_empty_list_is_a_file_without_rules() -> None:
         b"<firewall version='2'><rules><rule/></rules></firewall>",
         b"<firewall version='2'><rules><rule><properties><property name='action'>x</property>"
         b"</properties></rule></rules></firewall>",
-        b"<firewall version='2'><rules><rule><properties><property name='dsthost'></property>"
+        b"<firewall version='2'><rules><rule><properties><property name='dsthost'>A</property>"
         b"<property name='action'>accept</property></properties></rule></rules></firewall>",
         b"<firewall><rule address='1.2.3.4'/></firewall>",
         b"<firewall policy='perhaps'/>",
@@ -167,6 +172,23 @@ def test_guest_keys_are_numbered_with_gaps_and_the_base_comes_last() -> None:
     ]
 
 
+def test_guest_keys_leave_out_names_that_would_block_the_whole_client() -> None:
+    rules = parse_lines(
+        [
+            "action=accept dsthost=127.1 proto=tcp",
+            "action=drop dsthost=a..b proto=udp",
+            "action=accept dst4=10.0.0.0/08",
+        ]
+    )
+    base = "/qubes-firewall/10.137.0.20"
+    assert guest_keys.tree(rules, "10.137.0.20", NOW) == (
+        (f"{base}/policy", "drop"),
+        (f"{base}/0001", "action=drop proto=udp"),
+        (f"{base}/0002", "action=accept dst4=10.0.0.0/8"),
+        (base, ""),
+    )
+
+
 def test_guest_keys_for_unreadable_rules_let_nothing_pass() -> None:
     assert guest_keys.trees(None, ("10.137.0.20", ""), NOW) == (
         "/qubes-firewall/10.137.0.20/policy=drop",
@@ -220,6 +242,10 @@ ADDRESSES = {"example.org": ("192.0.2.7", "192.0.2.8", "2001:db8::7"), "four.org
         ("action=accept specialtarget=dns proto=icmp", ()),
         ("action=accept dsthost=unknown.org", ()),
         ("action=drop dsthost=unknown.org proto=tcp", ("meta l4proto 6",)),
+        ("action=accept dsthost=1.2.3", ()),
+        ("action=accept dsthost=", ()),
+        ("action=drop dsthost=unknown..org proto=tcp", ("meta l4proto 6",)),
+        ("action=accept dst4=10.1.0.0/08", ("ip daddr 10.0.0.0/8",)),
     ],
 )
 def test_translation(line: str, matches: tuple[str, ...]) -> None:

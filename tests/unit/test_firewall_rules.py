@@ -29,6 +29,16 @@ NOW = 1_000_000.0
         ("example.org.", "dsthost", "example.org."),
         ("_srv.example.org", "dsthost", "_srv.example.org"),
         ("a", "dsthost", "a"),
+        ("1.2.3.4/08", "dst4", "1.2.3.4/08"),
+        ("2001:db8::/0064", "dst6", "2001:db8::/0064"),
+        ("", "dsthost", ""),
+        ("127.1", "dsthost", "127.1"),
+        ("1.2.3", "dsthost", "1.2.3"),
+        ("1.2.3.256", "dsthost", "1.2.3.256"),
+        ("-leading.org", "dsthost", "-leading.org"),
+        ("a..b", "dsthost", "a..b"),
+        ("x" * 64 + ".org", "dsthost", "x" * 64 + ".org"),
+        ("x" * 300, "dsthost", "x" * 300),
     ],
 )
 def test_destination(text: str, key: str, normal: str) -> None:
@@ -41,27 +51,22 @@ def test_destination(text: str, key: str, normal: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "",
         "1.2.3.4/33",
+        "1.2.3.4/033",
+        "1.2.3.4/" + "0" * 20 + "1",
         "1.2.3.4/-1",
-        "1.2.3.4/08",
         "1.2.3.4/",
         "1.2.3.4/a",
         "1.2.3.4/24/24",
         "2001:db8::/129",
-        "127.1",
-        "1.2.3",
         "127/8",
         "example.org/24",
         "Example.org",
         "exa mple.org",
-        "-leading.org",
-        "a..b",
         "fe80::1%eth0",
-        "x" * 64 + ".org",
-        ".".join(["abcdefgh"] * 30),
         "host;drop",
-        "1.2.3.4\n",
+        "1.2.\n3.4",
+        "x" * 4000,
         "\u0661.2.3.4",
     ],
 )
@@ -78,6 +83,39 @@ def test_host_bits_are_kept_in_the_text_and_ignored_in_the_network() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("example.org", ""),
+        ("example.org.", ""),
+        ("_srv.example.org", ""),
+        ("4.example.org", ""),
+        (".".join(["abcdefg"] * 31), ""),
+        ("1.2.3.4/08", ""),
+        ("::1", ""),
+        ("", "empty"),
+        (".", "no host name"),
+        ("a..b", "no host name"),
+        ("-a.org", "no host name"),
+        ("127.1", "ends in a number"),
+        ("1.2.3.256.", "ends in a number"),
+        ("x" * 64 + ".org", "longer"),
+        (".".join(["abcdefgh"] * 30), "longer"),
+    ],
+)
+def test_names_that_nobody_can_look_up(text: str, problem: str) -> None:
+    found = fr.parse_destination(text).problem()
+    assert problem in found and bool(problem) == bool(found)
+
+
+def test_zeros_before_a_prefix_length_are_kept_but_not_for_a_guest() -> None:
+    rule = fr.parse_line("action=accept dst4=10.0.0.0/08 comment=x")
+    assert fr.api_line(rule) == "action=accept dst4=10.0.0.0/08 comment=x"
+    assert fr.guest_value(rule) == "action=accept dst4=10.0.0.0/8"
+    assert rule.destination is not None and str(rule.destination.network()) == "10.0.0.0/8"
+    assert ("dsthost", "10.0.0.0/08") in fr.properties(rule)
+
+
+@pytest.mark.parametrize(
     "line",
     [
         "action=accept",
@@ -88,6 +126,7 @@ def test_host_bits_are_kept_in_the_text_and_ignored_in_the_network() -> None:
         "action=accept expire=4000000000 dst4=1.2.3.4/32 proto=tcp dstports=80-90 comment=a b",
         "action=accept dsthost=example.org proto=udp dstports=0-65535",
         "action=accept proto=tcp specialtarget=dns dstports=53-53",
+        "action=accept dsthost=",
         "action=accept comment=[a]: b;c,d./_-",
     ],
 )
@@ -150,6 +189,7 @@ def test_key_order_is_free_and_trailing_space_and_empty_comment_are_ignored() ->
         "dstports=80 proto=tcp dst4=1.2.3.4 action=accept",
         "proto=tcp action=accept dstports=80-80 dsthost=1.2.3.4/32 ",
         "proto=tcp action=accept dstports=80-80 dsthost=1.2.3.4/32 comment=",
+        "\tproto=tcp action=accept dstports=00080 dsthost=1.2.3.4/32\t",
     ):
         assert fr.api_line(fr.parse_line(line)) == expected
 

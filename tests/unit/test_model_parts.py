@@ -89,6 +89,23 @@ def test_labels() -> None:
     world.put(LabelPut(Label(12, "7", "0x010203")))
     assert labels.find_label(world.view, "7").index == 12  # a name before a number
     assert labels.next_index(world.view) == 13
+    # Calls know names and indexes; a property's value "label-N" too, before any name.
+    world.put(LabelPut(Label(13, "label-3", "0x010203")))
+    assert labels.find_label(world.view, "label-3").index == 13
+    assert labels.label_of_value(world.view, "label-3").name == "yellow"
+    assert labels.label_of_value(world.view, "label-13").name == "label-3"
+    assert labels.label_of_stored(world.view, "label-3").index == 13
+    assert labels.label_of_stored(world.view, "label-4").name == "green"
+    assert labels.find_label(world.view, "01").name == "red"
+    for find, text in (
+        (labels.find_label, "label-4"),
+        (labels.label_of_value, "label-77"),
+        (labels.label_of_value, "label-x"),
+        (labels.find_label, "-1"),
+        (labels.find_label, "1.0"),
+    ):
+        with pytest.raises(Refusal):
+            find(world.view, text)
     assert labels.migrate_color("0x555753") == "0x555555"
     assert labels.html_color(labels.BUILTIN[0]) == "#cc0000"
     assert labels.icon(labels.BUILTIN[0]) == "appvm-red"
@@ -151,7 +168,7 @@ def test_features_allowed(name: str, value: str) -> None:
         ("custom-persist." + "k" * 55, "/x"),
         ("custom-persist.k", "relative"), ("custom-persist.k", "dir:u:g:0799:/x"),
         ("custom-persist.k", "link:u:g:0755:/x"), ("custom-persist.k", "dir:u:g:17777:/x"),
-        ("preload-dispvm-threshold", "-1"), ("preload-dispvm-delay", "soon"),
+        ("preload-dispvm-delay", "soon"),
         ("preload-dispvm-delay", "nan"),
     ],
 )  # fmt: skip
@@ -161,6 +178,48 @@ def test_features_refused(name: str, value: str) -> None:
         check_feature(world.view, world.get("work"), name, value)
     assert caught.value.reason == "INVALID_VALUE"
     assert caught.value.metadata == {"feature": name, "qube": "work"}
+
+
+@pytest.mark.parametrize(
+    ("qube", "name", "value", "allowed"),
+    [
+        # What is exported nowhere has no rules, and preloading is one of some classes only.
+        ("remote", "service.", "1", True),
+        ("remote", "vm-config.1", "1", True),
+        ("remote", "custom-persist.x", "relative", True),
+        ("remote", "preload-dispvm-max", "x", True),
+        ("tmpl", "preload-dispvm-max", "x", True),
+        ("tmpl", "preload-dispvm-delay", "x", True),
+        ("tmpl", "service.", "1", False),
+        ("disp1", "preload-dispvm-max", "x", True),
+        ("work", "preload-dispvm-max", "", False),
+        ("work", "preload-dispvm-threshold", "x", True),
+        ("dom0", "preload-dispvm-threshold", "x", False),
+        ("dom0", "preload-dispvm-threshold", "", True),
+        ("dom0", "preload-dispvm-delay", "x", False),
+        ("work", "preload-dispvm-delay", ".5", True),
+        ("work", "preload-dispvm-delay", "5.", True),
+        ("work", "preload-dispvm-delay", "+1e1", True),
+        ("work", "preload-dispvm-delay", "inf", False),
+        ("work", "preload-dispvm-delay", ".", False),
+        ("work", "preload-dispvm-delay", ".2.", False),
+        ("work", "preload-dispvm-delay", "1 1", False),
+        ("dom0", "preload-dispvm-max", "x", True),
+    ],
+)
+def test_features_have_the_rules_of_the_class(
+    qube: str, name: str, value: str, allowed: bool
+) -> None:
+    world = recorded_world()
+    if qube == "remote":
+        world.add("remote", "RemoteVM")
+    elif qube == "disp1":
+        world.add("disp1", "DispVM", template="work", dispid="1")
+    if allowed:
+        check_feature(world.view, world.get(qube), name, value)
+    else:
+        with pytest.raises(Refusal):
+            check_feature(world.view, world.get(qube), name, value)
 
 
 def test_preload_max() -> None:

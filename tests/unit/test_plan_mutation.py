@@ -670,6 +670,12 @@ def test_created_by_hands_on_tags_and_guivm(w: World) -> None:
     ]
 
 
+def test_a_remote_qube_gets_the_creators_tag_alone(w: World) -> None:
+    w.feature("vault", "tag-created-vm-with", "one")
+    for tag in ("created-by-vault", "created-by-x"):
+        assert names(w.do(SetTag("far", tag)).events) == [f"far:domain-tag-add:{tag}"]
+
+
 def test_created_by_is_dom0s(w: World) -> None:
     assert refused(lambda: w.do(SetTag("work", "created-by-x"))).reason == "QUBE_NOT_FOUND"
     for command in (SetTag("work", "created-by-vault"), RemoveTag("work", "created-by-dom0")):

@@ -44,6 +44,7 @@ MEMINFO_WRITER = "service.meminfo-writer"
 PRELOAD_LIST = "preload-dispvm"
 PRELOAD_PROGRESS = "preload-dispvm-in-progress"
 DISP_CREATED_BY = "disp-created-by"
+_DIGITS_LIMIT = 9
 # What dispvm may mark: nothing that anybody else relies on to be his.
 PRELOAD_MARKS = PROTECTED | {"internal"}
 
@@ -209,7 +210,10 @@ def preload_maximum(view: View, template: Qube) -> int:
     value = template.features.get(name)
     if view.properties.get("default_dispvm") == template.name:
         value = view.adminvm.features.get(name, value)
-    return int(value) if value and value.isascii() and value.isdigit() else 0
+    if not value or not (value.isascii() and value.isdigit()):
+        return 0
+    # dom0's is not checked before there is a template that it counts for.
+    return int(value.lstrip("0")[:_DIGITS_LIMIT] or "0")
 
 
 def _list_changed(draft: Draft, before: tuple[str, ...], after: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ from bulkhead.model.grammar import check_tag
 from bulkhead.model.plan.base import Draft, need_qube
 from bulkhead.model.plan.marks import add_tag, delete_tag
 from bulkhead.model.plan.properties import store_property
-from bulkhead.model.properties import find_row, has_property
+from bulkhead.model.properties import REMOTE, find_row, has_property
 from bulkhead.model.records import ADMINVM_NAME, Qube
 from bulkhead.model.refusal import Refusal
 from bulkhead.model.setters import parse_property
@@ -26,7 +26,7 @@ def command_set(draft: Draft, command: SetTag) -> None:
     _permitted(draft, qube, tag)
     if tag in qube.tags:
         return
-    if tag.startswith(f"{CREATED_BY}-"):
+    if tag.startswith(f"{CREATED_BY}-") and qube.klass != REMOTE:
         creator = draft.view.qube(tag.removeprefix(f"{CREATED_BY}-"))
         if creator is None:
             raise Refusal(
@@ -57,11 +57,16 @@ def _permitted(draft: Draft, qube: Qube, tag: str) -> None:
 
 
 def add_created_by(draft: Draft, qube: Qube, creator: Qube) -> None:
-    """Tag created-by-CREATOR, with what the creator wants its creations to have."""
+    """Tag created-by-CREATOR, with what the creator wants its creations to have.
+
+    A remote qube gets the tag alone, as in release 4.4.
+    """
     add_tag(draft, qube, f"{CREATED_BY}-{creator.name}", lambda: _handed_on(draft, qube, creator))
 
 
 def _handed_on(draft: Draft, qube: Qube, creator: Qube) -> None:
+    if qube.klass == REMOTE:
+        return
     for tag in creator.features.get("tag-created-vm-with", "").split():
         # Written by whoever may set the creator's features: one that is no tag, or that
         # would claim another creator, is left out.

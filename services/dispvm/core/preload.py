@@ -12,6 +12,7 @@ the requester's key while it is handed out, and gone when it is used.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -108,9 +109,11 @@ def delay_of(view: View, template: Qube) -> float:
         text = holder.features.get(DELAY)
         if text is not None:
             try:
-                return float(text or "0")
+                seconds = float(text or "0")
             except ValueError:  # an old file's; nobody can set such a value
                 continue
+            if math.isfinite(seconds):
+                return seconds
     return DEFAULT_DELAY_S
 
 

@@ -9,6 +9,7 @@ last because its write is the signal to read.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from bulkhead.model.firewall_rules import POLICY, Rule, guest_value
 
@@ -19,7 +20,9 @@ def tree(rules: Sequence[Rule], address: str, now: float) -> tuple[tuple[str, st
     """(path, value) in write order for one address of the client.
 
     address decides the family: rules of the other family are left out, rules by host
-    name are in both. The caller removes everything below the base key first.
+    name are in both. A host name that nobody can look up would block the whole client
+    there: such a rule is left out where it accepts and drops every destination where it
+    drops, as in a namespace. The caller removes everything below the base key first.
     """
     other = "dst4" if ":" in address else "dst6"
     base = f"{BASE}{address}"
@@ -29,6 +32,10 @@ def tree(rules: Sequence[Rule], address: str, now: float) -> tuple[tuple[str, st
             continue
         if rule.destination is not None and rule.destination.key == other:
             continue
+        if rule.destination is not None and rule.destination.problem():
+            if rule.action == "accept":
+                continue
+            rule = replace(rule, destination=None)
         entries.append((f"{base}/{number:04d}", guest_value(rule)))
     entries.append((base, ""))
     return tuple(entries)

@@ -228,7 +228,9 @@ def compile_rule(rule: Rule, addresses: Addresses) -> Compiled:
                 if (text := _set_of(known, version))
             ]
             if not heads:
-                why = f"{rule.destination.text} has no known address"
+                why = rule.destination.problem() or (
+                    f"{rule.destination.text} has no known address"
+                )
                 if rule.action == "accept":
                     return Compiled(rule, (), why)
                 why += ": every destination is dropped instead"

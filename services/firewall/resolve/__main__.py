@@ -39,8 +39,9 @@ async def serve(connection: socket.socket, fixed: Sequence[tuple[str, int]]) -> 
             reply: dict[str, object] = {"id": request.get("id")}
             try:
                 destination = parse_destination(str(request.get("name", "")))
-                if destination.key != "dsthost":
-                    raise ResolveError("not a host name")
+                problem = destination.problem()
+                if destination.key != "dsthost" or problem:
+                    raise ResolveError(problem or "not a host name")
                 servers = fixed or read_servers(RESOLV_CONF)
                 addresses, ttl = await resolve(servers, destination.text)
                 reply.update(addresses=list(addresses[:256]), ttl=ttl, error="")
