@@ -28,6 +28,7 @@ from bulkhead.model.properties import (
     APP,
     CLASSES,
     DISP,
+    QUBES_VM,
     REMOTE,
     STANDALONE,
     TEMPLATE,
@@ -59,9 +60,11 @@ __all__ = [
     "feature",
     "get_all_lines",
     "get_reply",
+    "guest_reads_rules",
     "has_pci",
     "is_default",
     "is_halted",
+    "is_namespace_netvm",
     "is_preload",
     "is_running",
     "kernel_command_line",
@@ -224,6 +227,23 @@ def provides_network(qube: Qube) -> bool:
     return qube.properties.get("provides_network") == "True" and has_property(
         qube.klass, "provides_network"
     )
+
+
+def is_namespace_netvm(view: View, qube: Qube) -> bool:
+    """True where the qube runs as a network namespace instead of a guest (no Xen)."""
+    host = view.host
+    if host is None or host.hypervisor in ("xen", "sim"):
+        return False
+    return provides_network(qube)
+
+
+def guest_reads_rules(view: View, client: Qube) -> bool:
+    """True where the client runs, or is about to, behind a netvm that is a guest: that one
+    enforces what its keys say, so new rules have to be written there."""
+    if client.klass not in QUBES_VM or client.run.phase is Phase.HALTED:
+        return False
+    netvm = netvm_of(view, client)
+    return netvm is not None and netvm.uuid != ADMINVM_UUID and not is_namespace_netvm(view, netvm)
 
 
 def template_for_dispvms(qube: Qube) -> bool:

@@ -166,9 +166,13 @@ def check_feature(view: View, qube: Qube, name: str, value: str) -> None:
     elif name == "preload-dispvm-threshold" and qube.klass == ADMIN:
         if value and not _INTEGER.match(value):
             raise _refusal(qube, name, "the value must be a whole number of MiB, not negative")
-    elif name == "preload-dispvm-delay" and qube.klass in _PRELOAD_CLASSES:
-        if value and not _FLOAT.match(value):
-            raise _refusal(qube, name, "the value must be a number of seconds")
+    elif (
+        name == "preload-dispvm-delay"
+        and qube.klass in _PRELOAD_CLASSES
+        and value
+        and not _FLOAT.match(value)
+    ):
+        raise _refusal(qube, name, "the value must be a number of seconds")
 
 
 def _check_preload_max(view: View, qube: Qube, value: str) -> None:

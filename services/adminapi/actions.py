@@ -401,6 +401,7 @@ class Actions:
             source=request.source.name,
             timeout=FIREWALL_S,
         )
+        await self._backend.reached(request.dest.uuid)
         return ""
 
     async def firewall_reload(self, request: Checked) -> str:
@@ -413,6 +414,7 @@ class Actions:
             source=request.source.name,
             timeout=FIREWALL_S,
         )
+        await self._backend.reached(request.dest.uuid)
         return ""
 
     async def firewall_effective(self, request: Checked) -> str:

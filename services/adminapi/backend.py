@@ -28,6 +28,7 @@ from bulkhead.model.records import (
     OperationPut,
     OperationRemoved,
     OperationState,
+    Phase,
     WireEvent,
 )
 from bulkhead.model.refusal import Refusal
@@ -320,6 +321,20 @@ class Backend:
         task = asyncio.create_task(ended(), name=f"end of {operation_id}")
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
+
+    async def reached(self, uuid: str) -> None:
+        """Wait until what is on its way to a running qube has reached it, as mutate() does;
+        not for what has to wait for the end of its start."""
+        qube = self.view.by_uuid(uuid)
+        if qube is None or qube.run.phase is not Phase.UP:
+            return
+        for operation in list(self.view.operations.values()):
+            if (
+                operation.kind == "APPLY"
+                and uuid in operation.subjects
+                and not operation.state.terminal
+            ):
+                await self._applied(operation.id)
 
     async def _applied(self, operation_id: str) -> None:
         """Wait until the change has reached the qube; Refusal QUBE_BUSY where that has to

@@ -29,13 +29,11 @@ from bulkhead.model.records import (
     PoolPut,
     PoolRemoved,
     PowerFact,
-    Qube,
     QubePut,
-    QubeRemoved,
     fact_key,
 )
 from bulkhead.model.specs import ApplySpec, AttachSpec, StoppedSpec
-from services.lifecycle.core import attaching, boot, saga, stops
+from services.lifecycle.core import attaching, saga, stops
 from services.lifecycle.core.guest_keys import clients_of, shown_or_heard_by
 from services.lifecycle.executor import Executor
 
@@ -55,7 +53,6 @@ class Watcher:
         self.executor = executor
         self._queue: asyncio.Queue[StoppedSpec | ApplySpec | AttachSpec] = asyncio.Queue()
         self._known: set[str] = set()
-        self._digests: dict[str, str] = {}
         self._devices: dict[str, str] = {}  # key of the fact: id of the device there
         self._pools_changed = asyncio.Event()
         self._look = asyncio.Event()
@@ -98,29 +95,12 @@ class Watcher:
                     self._consider(stops.stopped(qube, view.power(qube.uuid)))
                     if stops.silent(qube, view.power(qube.uuid)):
                         self._look.set()
-                    self._rules(qube)
-                case QubeRemoved(uuid):
-                    self._digests.pop(uuid, None)
                 case PoolPut() | PoolRemoved():
                     self._pools_changed.set()
                 case OperationPut(operation):
                     if operation.kind == "START" and operation.state is OperationState.SUCCEEDED:
                         self._reconnect(operation.subjects[0])
                         self._equip(operation.subjects[0])
-
-    def _rules(self, qube: Qube) -> None:
-        """New rules of a running client reach a netvm that is a guest by its keys: an APPLY.
-
-        Where the netvm is a namespace, firewall itself has put them in force.
-        """
-        before = self._digests.get(qube.uuid)
-        self._digests[qube.uuid] = qube.rules_digest
-        if before is None or before == qube.rules_digest or qube.run.phase is not Phase.UP:
-            return
-        view = self.executor.replica.view
-        backend = boot.netvm(view, qube)
-        if backend is not None and not boot.is_namespace_netvm(view, backend):
-            self._queue.put_nowait(ApplySpec(qube.uuid, qube.run.boot_id, qube.revision))
 
     def _equip(self, uuid: str) -> None:
         """A qube that has started gets the devices that are to attach themselves."""
@@ -151,7 +131,6 @@ class Watcher:
             if isinstance(fact, DeviceFact)
         }
         for qube in list(view.qubes_any()):
-            self._digests.setdefault(qube.uuid, qube.rules_digest)
             self._consider(stops.stopped(qube, view.power(qube.uuid)))
 
     def _consider(self, spec: StoppedSpec | None) -> None:

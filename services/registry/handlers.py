@@ -291,6 +291,8 @@ class RegistryHandlers:
             request.boot_id,
             _events(request.events),
             request.rules_digest if request.HasField("rules_digest") else None,
+            self._clock(),
+            self._outside,
         )
         return await self._do(work, call, "Announce", lambda _: registry_pb2.AnnounceReply())
 

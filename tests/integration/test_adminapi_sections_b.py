@@ -38,7 +38,9 @@ _FENCE = "fence"
 class Script:
     """Calls and streams of one run; what does not hold is collected."""
 
-    def __init__(self, instance: Instance, pool: Path) -> None:
+    def __init__(self, instance: Instance, pool: Path, file: str = __file__) -> None:
+        """file: of the test, whose lines are named."""
+        self._file = file
         self.instance = instance
         self.pool = pool
         self.wrong: list[str] = []
@@ -48,7 +50,7 @@ class Script:
 
     def _where(self) -> str:
         frame = sys._getframe(2)
-        while frame.f_code.co_filename != __file__ or frame.f_code.co_name in ("c", "events"):
+        while frame.f_code.co_filename != self._file or frame.f_code.co_name in ("c", "events"):
             assert frame.f_back is not None
             frame = frame.f_back
         return f"line {frame.f_lineno}"
@@ -64,7 +66,7 @@ class Script:
         method: str,
         dest: str = "dom0",
         arg: str = "",
-        payload: str = "",
+        payload: str | bytes = "",
         want: str = "",
         *,
         save: str = "",
@@ -79,7 +81,8 @@ class Script:
         path = self.instance.socket
         if internal:
             path = path.with_name("qubesd.internal.sock")
-        reply = parse(exchange(path, head + self.text(payload).encode()))
+        body = self.text(payload).encode() if isinstance(payload, str) else payload
+        reply = parse(exchange(path, head + body))
         want = self.text(want)
         if reply.kind == "ok":
             good = reply.text == want[1:] if want.startswith("=") else False

@@ -350,4 +350,52 @@ def test_what_the_hypervisor_says_of_a_uuid_is_told_of_a_name(world: World) -> N
     assert reply.kind == "exc" and uuid not in reply.message
     assert "no domain with matching uuid 'named' (named)" in reply.message
     world.instance.ok("admin.vm.Kill", "named")
+
+
+def test_new_rules_of_a_running_client_reach_its_netvm_whoever_dies(world: World) -> None:
+    net = world.make("wall", provides_network="True")
+    world.make("behind", netvm="wall")
+    for name in ("wall", "behind"):
+        world.instance.ok("admin.vm.Start", name)
+    ip = world.instance.ok("admin.vm.property.Get", "behind", "ip").split(" ")[-1]
+    file = world.instance.settings.service_dir("domains") / "guest-keys" / f"{net}.json"
+    base = f"/qubes-firewall/{ip}"
+
+    def rules() -> list[str]:
+        keys: dict[str, str] = json.loads(file.read_text())["keys"]
+        return [keys[key] for key in sorted(keys) if key.startswith(f"{base}/0")]
+
+    set_rules = "admin.vm.firewall.Set"
+    world.instance.ok(set_rules, "behind", payload=b"action=drop dst4=192.0.2.1\n")
+    assert rules() == ["action=drop dst4=192.0.2.1/32"]
+    # Reload and the same rules again write the keys anew: that is the guest's signal.
+    for method, payload in (
+        ("admin.vm.firewall.Reload", b""),
+        (set_rules, b"action=drop dst4=192.0.2.1"),
+    ):
+        content = json.loads(file.read_text())
+        content["keys"][f"{base}/0000"] = "action=accept"
+        file.write_text(json.dumps(content))
+        world.instance.ok(method, "behind", payload=payload)
+        assert rules() == ["action=drop dst4=192.0.2.1/32"], method
+    # The service that brings them there dies in between.
+    pid = world.instance.pid("lifecycle")
+    world.instance.freeze("lifecycle")
+    tightened = world.later(set_rules, "behind", payload=b"action=drop\n")
+    world.until(
+        lambda: world.instance.ok("admin.vm.firewall.Get", "behind") == "action=drop\n",
+        "they are stored",
+    )
+    assert world.instance.kill("lifecycle") == pid
+    world.instance.wait_restarted("lifecycle", pid)
+    assert tightened.result(60).kind == "ok"
+    assert rules() == ["action=drop"]
+    world.quiet()
+    # A client that sleeps finds them in force when it wakes.
+    world.instance.ok("admin.vm.Pause", "behind")
+    world.instance.ok(set_rules, "behind", payload=b"action=drop proto=tcp\n")
+    world.instance.ok("admin.vm.Unpause", "behind")
+    assert rules() == ["action=drop proto=tcp"]
+    for name in ("behind", "wall"):
+        world.instance.ok("admin.vm.Kill", name)
     world.quiet()

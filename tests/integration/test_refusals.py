@@ -110,7 +110,7 @@ TABLE: tuple[Refused, ...] = (
     R("admin.pool.Remove", arg="nosuch"),
     # firewall and devices
     R("admin.vm.firewall.Set", "work", payload=b"nonsense\n"),
-    R("admin.vm.firewall.Set", "run", payload=b"action=accept dst4=999.0.0.1\n"),
+    R("admin.vm.firewall.Set", "run", payload=b"action=accept dst4=999.0.0.1/8\n"),
     R("admin.vm.firewall.Set", "run", payload=b"action=accept proto=tcp dstports=0-70000\n"),
     R("admin.vm.device.block.Assign", "work", "nosuch+sda", b"mode='required'"),
     R("admin.vm.device.block.Assign", "work", "dom0+sda", b"mode='nosuch'"),

@@ -17,6 +17,7 @@ from bulkhead.model.evaluate import (
     kernel_command_line,
     provides_network,
 )
+from bulkhead.model.evaluate import is_namespace_netvm as is_namespace_netvm  # steps ask it here
 from bulkhead.model.features import feature, netvm_of, truthy
 from bulkhead.model.memory import MOST, bytes_needed, hotplug_usable
 from bulkhead.model.plan.devices import checked_options
@@ -247,14 +248,6 @@ def link(view: View, qube: Qube) -> Link | None:
         gateway=text(evaluate(view, backend, "gateway")),
         gateway6=text(evaluate(view, backend, "gateway6")),
     )
-
-
-def is_namespace_netvm(view: View, qube: Qube) -> bool:
-    """True where the qube runs as a network namespace instead of a guest (no Xen)."""
-    host = view.host
-    if host is None or host.hypervisor in ("xen", "sim"):
-        return False
-    return bool(evaluate(view, qube, "provides_network"))
 
 
 def namespaces_in_use(view: View) -> bool:

@@ -8,6 +8,7 @@ them merge. Invariant: an APPLY of an older boot does nothing.
 from __future__ import annotations
 
 from bulkhead.api import domains_pb2, hostd_pb2
+from bulkhead.bus.errors import BusError
 from bulkhead.model.evaluate import evaluate, is_running, provides_network
 from bulkhead.model.plan.storage import attached_device
 from bulkhead.model.power import current_power
@@ -36,24 +37,46 @@ class Apply:
         spec = context.operation.spec
         assert isinstance(spec, ApplySpec)
         qube = subject(context)
-        if qube.run.boot_id != spec.boot_id or qube.run.phase is not Phase.UP:
+        if _ended(context, spec):
             return Outcome()
-        await _network(context, qube)
-        await _keys(context, qube)
-        await _memory(context, qube)
+        try:
+            await _network(context, qube)
+            await _keys(context, qube)
+            await _memory(context, qube)
+        except (BusError, StepFailed):
+            if not _ended(context, spec):
+                raise
+        if _ended(context, spec) and not boot.is_namespace_netvm(context.view, qube):
+            # A stop waits for nobody: it may have withdrawn the rules before they came.
+            await withdraw(context, qube)
         return Outcome()
 
     async def undo(self, context: StepContext) -> None:
         """What is derived is brought forward only: the next APPLY or start mends it."""
 
 
+def _ended(context: StepContext, spec: ApplySpec) -> bool:
+    """The boot that the change was for is over, or about to be."""
+    qube = context.view.by_uuid_any(spec.uuid)
+    return qube is None or qube.run.boot_id != spec.boot_id or qube.run.phase is not Phase.UP
+
+
 async def _network(context: StepContext, qube: Qube) -> None:
     """The interface hangs at the netvm that the record names, under the qube's rules."""
     view = context.view
     power = current_power(view, qube)
-    if boot.is_namespace_netvm(view, qube) or (power is not None and power.power == "paused"):
+    if boot.is_namespace_netvm(view, qube):
         return
     link = boot.link(view, qube)
+    if power is not None and power.power == "paused":
+        # Its interface stays as it is; the rules are there before it wakes.
+        if (
+            link is not None
+            and is_running(view, link.netvm)
+            and not boot.is_namespace_netvm(view, link.netvm)
+        ):
+            await apply_rules(context, qube, link)
+        return
     await _forget(context, qube, link.netvm if link is not None else None)
     if link is None or not is_running(view, link.netvm):
         await _detach(context, qube)

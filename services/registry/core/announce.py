@@ -97,7 +97,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
 }
 # Events whose subject is always the qube that the announcement is about.
-OF_THE_QUBE = frozenset({"firewall-changed"})
+RULES_CHANGED = "firewall-changed"
+OF_THE_QUBE = frozenset({RULES_CHANGED})
 # Only the owner of the rules may store their digest.
 DIGEST_OWNER = "firewall"
 

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from bulkhead.model.evaluate import guest_reads_rules
 from bulkhead.model.plan.base import Plan, PlanRefused
 from bulkhead.model.plan.mutation import plan_mutation, plan_preload
 from bulkhead.model.plan.operation_table import unreported
@@ -29,6 +30,7 @@ from bulkhead.model.records import (
     OperationRemoved,
     OperationState,
     Problem,
+    Qube,
     QubePut,
     WireEvent,
 )
@@ -36,7 +38,12 @@ from bulkhead.model.refusal import Refusal
 from bulkhead.model.specs import ApplySpec, Command, OperationSpec, PreloadMarks, kind_of
 from bulkhead.model.view import View
 from services.registry.core import adopt, operations
-from services.registry.core.announce import DIGEST_OWNER, check_events, plan_announce
+from services.registry.core.announce import (
+    DIGEST_OWNER,
+    RULES_CHANGED,
+    check_events,
+    plan_announce,
+)
 from services.registry.core.facts import device_events, plan_facts
 from services.registry.core.group import Numbers, Planned
 
@@ -438,18 +445,53 @@ class Promote:
 
 @dataclass(frozen=True, slots=True)
 class Announce:
-    """Events without a record change; rules_digest None = none given."""
+    """Events without a record change; rules_digest None = none given.
+
+    Rules that a guest is to enforce for a client that runs are brought there by an APPLY
+    of the same transaction: whoever dies now, the change is not forgotten.
+    """
 
     caller: str
     uuid: str
     boot_id: str
     events: tuple[WireEvent, ...]
     rules_digest: str | None
+    now: float
+    outside: Outside
 
-    def plan(self, view: View, _now: Numbers) -> Planned:
+    def plan(self, view: View, now: Numbers) -> Planned:
         events = plan_announce(view, self.caller, self.uuid, self.boot_id, self.events)
+        changes = self._digest(view)
+        qube = view.by_uuid_any(self.uuid) if self.uuid else None
+        if (
+            qube is not None
+            and any(event.name == RULES_CHANGED for event in events)
+            and guest_reads_rules(view, qube)
+        ):
+            changes = self._with_apply(view, qube, changes, now)
+        return Planned(changes, events, durable=bool(changes))
+
+    def _with_apply(
+        self, view: View, qube: Qube, changes: tuple[Change, ...], now: Numbers
+    ) -> tuple[Change, ...]:
+        plan = Plan(changes=changes, live=(qube.uuid,))
+        try:
+            return with_applies(
+                view,
+                plan,
+                revision=now.revision + 1,
+                source=view.adminvm.name,
+                now=self.now,
+                outside=self.outside,
+            )[0]
+        except Refusal as refusal:
+            if refusal.reason == "QUBE_BUSY":
+                raise  # too many wait for the qube: the announcer owes it, and comes again
+            return changes  # nothing can be brought to such a qube
+
+    def _digest(self, view: View) -> tuple[Change, ...]:
         if self.rules_digest is None:
-            return Planned((), events, durable=False)
+            return ()
         if self.caller != DIGEST_OWNER:
             raise Refusal(
                 "NOT_YOURS",
@@ -460,8 +502,8 @@ class Announce:
         if qube is None:
             raise Refusal("QUBE_NOT_FOUND", f"No qube with uuid {self.uuid}", uuid=self.uuid)
         if qube.rules_digest == self.rules_digest:
-            return Planned((), events, durable=False)
-        return Planned((QubePut(replace(qube, rules_digest=self.rules_digest)),), events)
+            return ()
+        return (QubePut(replace(qube, rules_digest=self.rules_digest)),)
 
 
 @dataclass(frozen=True, slots=True)
