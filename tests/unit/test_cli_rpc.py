@@ -214,6 +214,13 @@ def test_a_console_that_is_refused(host: Host) -> None:
     assert host.admin.calls == [Call("admin.vm.Console", "work", "", b"", "mgmt")]
 
 
+def test_a_qube_without_a_console(host: Host) -> None:
+    host.admin.answers = {"admin.vm.Console": ""}
+    done = host.run("admin.vm.Console")
+    assert done.returncode == 1 and b"work has no console" in done.stderr
+    assert not (host.root / "run/qubes/work.terminal.lock").exists()
+
+
 def _read(handle: int, wanted: int) -> bytes:
     """That many bytes, each within 30 s."""
     data = b""

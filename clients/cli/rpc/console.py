@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             service.write(answer)
             return 1
         name = _name(request)
+        if answer[2:] == b"":
+            raise service.ServiceError(f"{name} has no console; only guests with a tty have one")
         with _locked(_lock_path(request.root, name)) as mine:
             if not mine:
                 print(f"{NAME}: somebody else has the console of {name}", file=sys.stderr)
