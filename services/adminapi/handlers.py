@@ -499,7 +499,7 @@ class AdminApi:
             raise WireRefusal("TOO_MANY_STREAMS", f"{_STATS_LIMIT} statistics are read already")
         peer.push(CONNECTION_ESTABLISHED)
         qube = request.dest
-        if qube.name != ADMINVM_NAME and not self._measurable(qube):
+        if not self._always_on(qube) and not self._measurable(qube):
             raise Refusal("QUBE_NOT_RUNNING", f"{qube.name} is not running", qube=qube.name)
         self._stats[peer] = request
         peer.on_gone = lambda: self._forget(self._stats, peer)
@@ -507,8 +507,12 @@ class AdminApi:
         if self._sampler is None or self._sampler.done():
             self._sampler = asyncio.get_running_loop().create_task(self._sample())
 
+    def _always_on(self, qube: Qube) -> bool:
+        """dom0 stands for all; a remote qube counts as running, and is not measured."""
+        return qube.klass in ("AdminVM", "RemoteVM")
+
     def _measurable(self, qube: Qube) -> bool:
-        return qube.klass not in ("AdminVM", "RemoteVM") and qube.run.phase is Phase.UP
+        return not self._always_on(qube) and qube.run.phase is Phase.UP
 
     async def _sample(self) -> None:
         """One round for all readers each stats_interval, while there are readers."""
@@ -517,10 +521,8 @@ class AdminApi:
             view = self._backend.view
             for peer, request in list(self._stats.items()):
                 qube = request.dest
-                if qube.name == ADMINVM_NAME:
-                    continue
                 now = view.by_uuid(qube.uuid)
-                if now is None or not self._measurable(now):
+                if now is None or not (self._always_on(now) or self._measurable(now)):
                     peer.end(refuse("QUBE_NOT_RUNNING", f"{qube.name} is not running any more"))
             running = {q.uuid: q for q in view.qubes() if self._measurable(q)}
             before = await self._sample_once(running, before)

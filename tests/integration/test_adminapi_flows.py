@@ -433,6 +433,23 @@ def test_state_and_stats_of_a_running_qube(client: AdminClient) -> None:
         list(client.events("run", "admin.vm.Stats"))
 
 
+def test_statistics_of_a_remote_qube_are_silent_until_it_is_removed(
+    client: AdminClient, world: World
+) -> None:
+    client.call("admin.vm.Create.RemoteVM", payload=b"name=far label=red")
+    client.set("", "stats_interval", "1")
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.connect(str(world[0].socket))
+        peer.sendall(b"admin.vm.Stats+ dom0 name far\0")
+        peer.shutdown(socket.SHUT_WR)
+        assert peer.recv(4096) == b"1\0\0connection-established\0\0"
+        peer.settimeout(2.5)
+        with pytest.raises(TimeoutError):
+            peer.recv(4096)
+        client.call("admin.vm.Remove", "far")
+        assert peer.recv(4096).startswith(b"2\0QubesVMNotRunningError\0")
+
+
 def test_internal_and_misc(client: AdminClient, world: World) -> None:
     instance = world[0]
     internal = AdminClient(instance.root / "run/qubesd.internal.sock", timeout=30)
