@@ -104,9 +104,15 @@ class Script:
         if got != want:
             self.wrong.append(f"{self._where()}: want {want!r} got {got!r}")
 
-    def subscribe(self, key: str, dest: str = "dom0") -> None:
+    def subscribe(self, key: str, dest: str = "dom0", src: str = "dom0") -> None:
         """Open a stream under a name."""
-        self._streams[key] = Stream(self.instance, self.text(dest))
+        self._streams[key] = Stream(self.instance, self.text(dest), src)
+
+    def silent(self, key: str) -> None:
+        """Nothing has come: no fence reaches a stream whose source may see nothing."""
+        got = self._streams[key].waiting()
+        if got:
+            self.wrong.append(f"{self._where()}: {key} was told {got}")
 
     def events(self, key: str, *want: str, until: str = "") -> None:
         """Everything since the last look; until: wait for this line first."""
@@ -155,14 +161,14 @@ class Script:
 class Stream:
     """One subscription; events as lines "subject:event key=value ..."."""
 
-    def __init__(self, instance: Instance, dest: str) -> None:
+    def __init__(self, instance: Instance, dest: str, src: str = "dom0") -> None:
         self.dest = dest
         self._parser = wire.EventParser()
         self._ready: list[str] = []
         self._peer = socket.socket(socket.AF_UNIX)
         self._peer.settimeout(15)
         self._peer.connect(str(instance.socket))
-        self._peer.sendall(f"admin.Events+ dom0 name {dest}".encode() + b"\0")
+        self._peer.sendall(f"admin.Events+ {src} name {dest}".encode() + b"\0")
         self._peer.shutdown(socket.SHUT_WR)
         first = self.read(lambda line: True)
         assert first == [":connection-established"], first
@@ -181,6 +187,10 @@ class Stream:
                 assert data, "the stream has ended"
                 self._ready += [_line(event) for event in self._parser.feed(data)]
         return [*found, "(nothing came any more)"]
+
+    def waiting(self) -> bytes:
+        """What has come by now."""
+        return self._peer.recv(65536) if select.select([self._peer], [], [], 0)[0] else b""
 
     def close(self) -> None:
         self._peer.close()
@@ -977,6 +987,62 @@ def devices(r: Script) -> None:
         ),
     )
     r.c(unassign, "dev", "back+sda", want="DeviceNotAssigned")
+    # Arguments as they are listed and told
+    for arg, listed in (
+        ("back+sdx+dead+beef++u080650", "back+sdx:dead:beef::u080650"),
+        ("back+sdx+_", "back+sdx:*"),
+        ("back+sdx+", "back+sdx:*"),
+        ("back+sdx+_______", "back+sdx:?******"),
+        ("back+sdx+0000+0000++_______", "back+sdx:0000:0000::?******"),
+        ("back+sdx+_+_", "back+sdx:_:_"),
+        ("_+_", "*+*:*"),
+        ("_+sdx", "*+sdx:*"),
+        ("back+_+dead+beef", "back+*:dead:beef"),
+        ("dev+sdx", "dev+sdx:*"),
+    ):
+        backend, _, rest = listed.partition("+")
+        port, _, devid = rest.partition(":")
+        line_of = (
+            f"{listed} device_id='{devid}' port_id='{port}' devclass='block'"
+            f" backend_domain='{backend}' mode='ask-to-attach'\n"
+        )
+        r.c(assign, "dev", arg, mode("ask-to-attach"))
+        r.c("dev.block.Assigned", "dev", want="=" + line_of)
+        r.c("dev.block.Assigned", "dev", f"{backend}+{port}", want="=" + line_of)
+        r.c(unassign, "dev", arg)
+        told = f"device={backend}:{port}:{devid}"
+        r.events(
+            "all",
+            f"dev:device-pre-assign:block {told} options={{}}",
+            f"dev:device-assign:block {told} options={{}}",
+            f"dev:device-unassign:block {told}",
+        )
+    # Payloads that are read as they are meant
+    for extra, option in (
+        ("", ""),
+        ("  _x='O\\'Brien'", "_x='O\\'Brien'"),
+        (" _x='a=b' ", "_x='a=b'"),
+        (" __x='1' _='2'", "__x='1' _='2'"),
+        (" _x='' mode='required'\n", "_x=''"),
+        (" _x='a\\b'", "_x='a\\b'"),
+    ):
+        r.c(assign, "dev", "back+sda", mode("required") + extra)
+        line_of = (
+            "back+sda:* device_id='*' port_id='sda' devclass='block' backend_domain='back'"
+            f" mode='required'{' ' if option else ''}{option}\n"
+        )
+        r.c("dev.block.Assigned", "dev", want="=" + line_of)
+        r.c(unassign, "dev", "back+sda")
+    for bad in (
+        "mode='REQUIRED'", "mode=required", "Mode='required'", "mode=''", "'", "='x'",
+        "mode='required'mode='required'", "mode='required'x", "mode='required'\t_x='1'",
+        "mode='required' _x='a='b'", "mode='required' _x='\u00e9'",
+        "mode='required' device='x'", "mode='required' vendor='x'", "mode='required' x='y'",
+        "mode='required' port_id='*'", "mode='required' backend_domain=''",
+        "mode='required' frontend_domain='back'",
+    ):  # fmt: skip
+        r.c(assign, "dev", "back+sda", bad, want="ProtocolError")
+    r.c("dev.block.Assigned", "dev")
     # Attach and Detach
     attach, detach = "dev.block.Attach", "dev.block.Detach"
     r.c(attach, "dev", "back+sda", want="QubesVMNotRunningError")
@@ -1210,6 +1276,31 @@ def removal(r: Script) -> None:
     r.c("dev.block.Assign", "user", "gone+sda", "mode='auto-attach'")
     r.c(remove, "gone", want="QubesVMInUseError")
     r.c("dev.block.Unassign", "user", "gone+sda")
+    r.c("dev.block.Assign", "user", "_+sda", "mode='auto-attach'")  # no qube in particular
+    # Every reference, one at a time: of qubes, dom0 among them, and of the system
+    r.c("prop.Set", "gone", "template_for_dispvms", "True")
+    r.c("prop.Set", "gone", "netvm", "")
+    for holder, names in (
+        ("user", "netvm guivm audiovm default_dispvm management_dispvm"),
+        ("dom0", "default_dispvm"),
+        ("rem", "relayvm"),
+        ("", "default_netvm default_dispvm management_dispvm default_guivm default_audiovm"),
+        ("", "clockvm updatevm"),
+    ):
+        method, dest = ("prop", holder) if holder else ("sys", "dom0")
+        for name in names.split():
+            r.c(f"{method}.Set", dest, name, "gone")
+            r.forget("all")
+            r.c(remove, "gone", want="QubesVMInUseError")
+            r.events("all", ":domain-pre-delete vm=gone")
+            r.c(f"{method}.Reset", dest, name)
+    r.c("vm.Create.DispVM", arg="gone", payload="name=based label=red")
+    r.c(remove, "gone", want="QubesVMInUseError")
+    r.c(remove, "based")
+    # What it says of itself holds nobody
+    r.c("prop.Set", "gone", "guivm", "gone")
+    r.c("prop.Set", "gone", "default_dispvm", "gone")
+    r.c("dev.block.Assign", "gone", "gone+sda", "mode='auto-attach'")
     r.forget("all")
     r.subscribe("gone", "gone")
     r.c(remove, "gone")
@@ -1230,6 +1321,9 @@ def streams(r: Script) -> None:
     create(r, "evt")
     r.subscribe("evt", "evt")
     r.subscribe("user", "user")
+    # Other sources: policy grants them no event, not even of themselves.
+    r.subscribe("by_user", src="user")
+    r.subscribe("by_evt", "evt", src="evt")
     r.c("prop.Set", "evt", "label", "blue")
     r.c("feat.Set", "evt", "f", "1")
     r.c("feat.Set", "evt", "f", "")
@@ -1259,6 +1353,9 @@ def streams(r: Script) -> None:
     )
     r.events("evt", *own)
     r.events("user")
+    r.silent("by_user")
+    r.silent("by_evt")
+    r.c("admin.Events", "evt", src="nosuch", want="QubesVMNotFoundError")
 
 
 SECTIONS = (volumes, pools, power, devices, disposables, removal, streams)
