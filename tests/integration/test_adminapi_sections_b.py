@@ -112,7 +112,7 @@ class Script:
         """Nothing has come: no fence reaches a stream whose source may see nothing."""
         got = self._streams[key].waiting()
         if got:
-            self.wrong.append(f"{self._where()}: {key} was told {got}")
+            self.wrong.append(f"{self._where()}: {key} was told {got!r}")
 
     def events(self, key: str, *want: str, until: str = "") -> None:
         """Everything since the last look; until: wait for this line first."""
