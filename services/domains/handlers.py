@@ -921,23 +921,21 @@ class DomainsHandlers:
         return domains_pb2.ResizeDiskReply()
 
     @_answers
-    async def set_memory(
-        self, request: domains_pb2.SetMemoryRequest, call: Call
-    ) -> domains_pb2.SetMemoryReply:
-        """Balloon the running guest."""
+    async def set_maxmem(
+        self, request: domains_pb2.SetMaxmemRequest, call: Call
+    ) -> domains_pb2.SetMaxmemReply:
+        """How much memory the running guest may be given."""
         self._admit(call)
-        if not 0 < request.memory_mib <= specs.MIB_LIMIT or request.maxmem_mib > specs.MIB_LIMIT:
+        if request.maxmem_mib > specs.MIB_LIMIT:
             raise DomainsError(
                 "INVALID_DOMAIN_SPEC",
-                f"{request.memory_mib} MiB (at most {request.maxmem_mib}) is no usable memory.",
+                f"{request.maxmem_mib} MiB is more than any guest can have ({specs.MIB_LIMIT}).",
             )
         async with self._queue.turn(request.boot.uuid):
             domain = await self._bound(request.boot, call)
             if not call.validate_only:
-                await self._hypervisor.set_memory(
-                    domain.uuid, request.memory_mib, request.maxmem_mib, self._left(call)
-                )
-        return domains_pb2.SetMemoryReply()
+                await self._hypervisor.set_maxmem(domain.uuid, request.maxmem_mib, self._left(call))
+        return domains_pb2.SetMaxmemReply()
 
     @_answers
     async def reserve_memory(

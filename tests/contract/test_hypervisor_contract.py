@@ -225,7 +225,7 @@ def test_calls_on_no_domain_say_not_found(bench: Bench) -> None:
             hypervisor.attach_disk(uuid, disk, 10),
             hypervisor.detach_disk(uuid, disk, 10),
             hypervisor.resize_disk(uuid, "xvda", 1 << 20, 10),
-            hypervisor.set_memory(uuid, 128, 0, 10),
+            hypervisor.set_maxmem(uuid, 128, 10),
         ):
             assert await refused(call) is Failure.NOT_FOUND
         await hypervisor.undefine(uuid, 10)

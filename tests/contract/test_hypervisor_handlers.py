@@ -250,7 +250,7 @@ def test_a_dry_run_changes_nothing(sim: SimBench, tmp_path: Path) -> None:
             handlers.destroy(pb.DestroyDomainRequest(boot=ref), dry()),
             handlers.attach_disk(pb.AttachDiskRequest(boot=ref, disk=disk), dry()),
             handlers.attach_interface(pb.AttachInterfaceRequest(boot=ref, interface=nic), dry()),
-            handlers.set_memory(pb.SetMemoryRequest(boot=ref, memory_mib=500), dry()),
+            handlers.set_maxmem(pb.SetMaxmemRequest(boot=ref, maxmem_mib=500), dry()),
             handlers.write_guest_keys(
                 pb.WriteGuestKeysRequest(boot=ref, keys=[pb.GuestKey(path="/a", value="b")]), dry()
             ),
@@ -808,14 +808,15 @@ def test_stats_inventory_and_sweep(sim: SimBench, tmp_path: Path) -> None:
         handlers = running.handlers
         for spec in (one, two):
             await started(running, spec)
-        await handlers.set_memory(
-            pb.SetMemoryRequest(boot=boot(one), memory_mib=600, maxmem_mib=800), call()
+        had = (
+            (await handlers.stats(pb.StatsRequest(uuids=[one.uuid]), call())).domains[0].memory_kib
         )
+        await handlers.set_maxmem(pb.SetMaxmemRequest(boot=boot(one), maxmem_mib=800), call())
         stats = await handlers.stats(pb.StatsRequest(uuids=[one.uuid]), call())
         (row,) = stats.domains
         assert (row.uuid, row.memory_kib, row.memory_assigned_kib, row.online_vcpus) == (
             one.uuid,
-            600 * 1024,
+            had,
             800 * 1024,
             2,
         )

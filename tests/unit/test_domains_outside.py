@@ -141,7 +141,7 @@ def test_what_a_namespace_cannot_do_is_said(tmp_path: Path) -> None:
                 assert caught.value.failure is Failure.UNSUPPORTED
             assert await lab.hypervisor.wait_agent(UUID, 5) is None
             assert await lab.hypervisor.run_service(UUID, "s", "u", b"", 5) is None
-            await lab.hypervisor.set_memory(UUID, 100, 0, 5)
+            await lab.hypervisor.set_maxmem(UUID, 100, 5)
             await lab.hypervisor.resize_disk(UUID, "xvda", 1, 5)
 
     run(body)
@@ -199,9 +199,14 @@ def test_memory_nodes_are_written_whole_and_owned_by_the_guest(store: type[FakeS
     assert store.owners == {f"{base}/meminfo": 12, f"{base}/swapinfo": 12}
     xenstore.prepare_memory(12, 4000)
     assert store.nodes[f"{base}/hotplug-max"] == str(4000 * 1024)
+    xenstore.set_hotplug_max(12, 6000)
+    assert store.nodes[f"{base}/hotplug-max"] == str(6000 * 1024)
+    Xenstore(None).set_hotplug_max(12, 6000)  # nothing to write to here
     store.commits = False
     with pytest.raises(OSError, match="domain 13"):
         xenstore.prepare_memory(13, 0)
+    with pytest.raises(OSError, match="12"):
+        xenstore.set_hotplug_max(12, 1)
     assert not any("/13/" in path for path in store.nodes)
 
 

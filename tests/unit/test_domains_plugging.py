@@ -1,4 +1,5 @@
-"""The one interface of a guest, on a libvirt that is played here: moved, renewed, taken away."""
+"""What changes on a running guest of a libvirt that is played here: its one interface, moved,
+renewed or taken away, and how far its memory may grow."""
 
 from __future__ import annotations
 
@@ -31,6 +32,9 @@ class Domain:
 
     def name(self) -> str:
         return "work"
+
+    def ID(self) -> int:  # noqa: N802
+        return 12
 
     def XMLDesc(self) -> str:  # noqa: N802 - libvirt's name
         root = ET.Element("domain")
@@ -126,3 +130,32 @@ def test_only_what_hangs_at_the_backend_goes_with_it(
     attach(hypervisor, NIC)
     asyncio.run(hypervisor.detach_interface("u", "", 1.0))
     assert domain.interfaces == []
+
+
+class Store:
+    """XenStore as far as memory goes; every other call fails."""
+
+    present = True
+
+    def __init__(self) -> None:
+        self.limits: list[tuple[int, int]] = []
+
+    def set_hotplug_max(self, xid: int, maxmem_mib: int) -> None:
+        self.limits.append((xid, maxmem_mib))
+        if maxmem_mib == 1:
+            raise OSError("not taken")
+
+
+def test_a_new_maximum_reaches_the_balancer_and_takes_no_memory_away(
+    hypervisor: LibvirtHypervisor, domain: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store()
+    monkeypatch.setattr(hypervisor, "_xenstore", store)
+    asyncio.run(hypervisor.set_maxmem("u", 3000, 1.0))
+    assert store.limits == [(12, 3000)]
+    assert domain.asked == []
+    for left, failure in ((store, Failure.FAILED), (None, Failure.UNSUPPORTED)):
+        monkeypatch.setattr(hypervisor, "_xenstore", left)
+        with pytest.raises(HypervisorError) as refused:
+            asyncio.run(hypervisor.set_maxmem("u", 1, 1.0))
+        assert refused.value.failure is failure

@@ -177,8 +177,8 @@ class Hypervisor(Protocol):
     async def resize_disk(self, uuid: str, target: str, size: int, timeout: float) -> None:
         """Tell the guest that target now has size bytes."""
 
-    async def set_memory(self, uuid: str, memory_mib: int, maxmem_mib: int, timeout: float) -> None:
-        """Balloon the running guest to memory_mib."""
+    async def set_maxmem(self, uuid: str, maxmem_mib: int, timeout: float) -> None:
+        """How much memory the running guest may be given; what it has now stays."""
 
     async def run_service(
         self, uuid: str, service: str, user: str, data: bytes, timeout: float

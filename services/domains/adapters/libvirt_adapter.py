@@ -473,15 +473,18 @@ class LibvirtHypervisor:
 
         await self._on_domain(uuid, call, timeout)
 
-    async def set_memory(
-        self,
-        uuid: str,
-        memory_mib: int,
-        maxmem_mib: int,  # noqa: ARG002
-        timeout: float,
-    ) -> None:
+    async def set_maxmem(self, uuid: str, maxmem_mib: int, timeout: float) -> None:
+        store = self._xenstore
+
         def call(domain: libvirt.virDomain) -> None:
-            domain.setMemoryFlags(memory_mib * 1024, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+            if store is None or not store.present:
+                raise HypervisorError(
+                    Failure.UNSUPPORTED, f"no memory can be added to {domain.name()} while it runs"
+                )
+            try:
+                store.set_hotplug_max(domain.ID(), maxmem_mib)
+            except OSError as error:
+                raise HypervisorError(Failure.FAILED, str(error)) from error
 
         await self._on_domain(uuid, call, timeout)
 

@@ -229,9 +229,9 @@ class WithNamespaces:
         if uuid not in self._domains:
             await self.behind.resize_disk(uuid, target, size, timeout)
 
-    async def set_memory(self, uuid: str, memory_mib: int, maxmem_mib: int, timeout: float) -> None:
+    async def set_maxmem(self, uuid: str, maxmem_mib: int, timeout: float) -> None:
         if uuid not in self._domains:
-            await self.behind.set_memory(uuid, memory_mib, maxmem_mib, timeout)
+            await self.behind.set_maxmem(uuid, maxmem_mib, timeout)
 
     async def run_service(
         self, uuid: str, service: str, user: str, data: bytes, timeout: float

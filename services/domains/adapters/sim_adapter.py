@@ -275,10 +275,8 @@ class SimHypervisor:
     async def resize_disk(self, uuid: str, target: str, size: int, timeout: float) -> None:
         await self._call("resize_disk", timeout, uuid=uuid, target=target, size=size)
 
-    async def set_memory(self, uuid: str, memory_mib: int, maxmem_mib: int, timeout: float) -> None:
-        await self._call(
-            "set_memory", timeout, uuid=uuid, memory_mib=memory_mib, maxmem_mib=maxmem_mib
-        )
+    async def set_maxmem(self, uuid: str, maxmem_mib: int, timeout: float) -> None:
+        await self._call("set_maxmem", timeout, uuid=uuid, maxmem_mib=maxmem_mib)
 
     async def run_service(
         self, uuid: str, service: str, user: str, data: bytes, timeout: float

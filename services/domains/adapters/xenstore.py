@@ -61,6 +61,20 @@ class Xenstore:
         except ValueError:
             return None
 
+    def set_hotplug_max(self, xid: int, maxmem_mib: int) -> None:
+        """What the balancer may add up to while the guest runs. OSError when it is not taken."""
+        if self._connect is None:
+            return
+        store = self._connect()
+        try:
+            transaction = store.transaction_start()
+            path = f"/local/domain/{xid}/memory/hotplug-max"
+            store.write(transaction, path, str(maxmem_mib * 1024))
+            if not store.transaction_end(transaction):
+                raise OSError(f"XenStore did not take the new maximum of domain {xid}")
+        finally:
+            store.close()
+
     def prepare_memory(self, xid: int, hotplug_max_mib: int) -> None:
         """The nodes in which the guest reports its memory; the guest owns them.
 

@@ -260,14 +260,8 @@ class Machine:
             for nic in interfaces
         }
 
-    def set_memory(self, uuid: str, memory_mib: int, maxmem_mib: int) -> None:
-        domain = self._need(uuid)
-        others = sum(d.memory for d in self._domains.values() if d is not domain)
-        if others + memory_mib > MEMORY_MIB:
-            raise SimError("no-memory", f"{memory_mib} MiB are not free for {domain.name}")
-        domain.memory = memory_mib
-        if maxmem_mib:
-            domain.maxmem = maxmem_mib
+    def set_maxmem(self, uuid: str, maxmem_mib: int) -> None:
+        self._need(uuid).maxmem = maxmem_mib
 
     def run_service(
         self,
@@ -420,7 +414,7 @@ CALLS: tuple[str, ...] = (
     "resize_disk",
     "attach_interface",
     "detach_interface",
-    "set_memory",
+    "set_maxmem",
     "run_service",
     "agent",
 )

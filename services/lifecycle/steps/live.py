@@ -7,6 +7,8 @@ them merge. Invariant: an APPLY of an older boot does nothing.
 
 from __future__ import annotations
 
+import logging
+
 from bulkhead.api import domains_pb2, hostd_pb2
 from bulkhead.bus.errors import BusError
 from bulkhead.model.evaluate import evaluate, is_running, provides_network
@@ -28,6 +30,8 @@ from services.lifecycle.steps.start import (
     tell_refused,
     withdraw,
 )
+
+log = logging.getLogger("bulkhead.lifecycle")
 
 
 class Apply:
@@ -170,18 +174,23 @@ async def _write(
 
 
 async def _memory(context: StepContext, qube: Qube) -> None:
-    """maxmem changes a running qube only where its memory can grow."""
+    """maxmem changes a running qube only where its memory can grow; what it has now is the
+    balancer's."""
     if boot.is_namespace_netvm(context.view, qube) or not boot.hotplug(context.view, qube):
         return
-    await context.participants.domains.set_memory(
-        domains_pb2.SetMemoryRequest(
-            boot=running_boot(qube),
-            memory_mib=boot.number(evaluate(context.view, qube, "memory")),
-            maxmem_mib=boot.number(evaluate(context.view, qube, "maxmem")),
-        ),
-        timeout=CALL_TIMEOUT_S,
-        context=context.call("memory"),
-    )
+    try:
+        await context.participants.domains.set_maxmem(
+            domains_pb2.SetMaxmemRequest(
+                boot=running_boot(qube),
+                maxmem_mib=boot.number(evaluate(context.view, qube, "maxmem")),
+            ),
+            timeout=CALL_TIMEOUT_S,
+            context=context.call("memory"),
+        )
+    except BusError as error:
+        if error.reason != "HYPERVISOR_UNSUPPORTED":
+            raise
+        log.warning("maxmem of %s counts from its next start: %s", qube.name, error.message)
 
 
 def _disk(context: StepContext, asked: Assignment) -> domains_pb2.DiskSpec:
