@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from bulkhead.model import addresses, kernelopts
+from bulkhead.model.devices import matching
 from bulkhead.model.features import (
     feature,
     netvm_chain,
@@ -45,7 +46,7 @@ from bulkhead.model.properties import (
     has_property,
     rows_for,
 )
-from bulkhead.model.records import ADMINVM_UUID, DeviceFact, Phase, Qube
+from bulkhead.model.records import ADMINVM_UUID, Phase, Qube
 from bulkhead.model.view import View
 
 __all__ = [
@@ -308,22 +309,13 @@ def _number(view: View, qube: Qube, name: str) -> int:
 
 
 def _has_display(view: View, qube: Qube) -> bool:
-    facts = view.facts()
-    for device in qube.devices:
-        if device.devclass != "pci":
-            continue
-        backend = view.qube(device.backend)
-        if backend is None:
-            continue
-        fact = facts.get(f"device/{backend.uuid}/pci/{device.port}")
-        if not isinstance(fact, DeviceFact) or device.identity not in ("*", fact.device_id):
-            continue
-        codes = fact.interfaces
-        if any(
-            kernelopts.is_display_interface(codes[at : at + 7]) for at in range(0, len(codes), 7)
-        ):
-            return True
-    return False
+    return any(
+        kernelopts.is_display_interface(fact.interfaces[at : at + 7])
+        for device in qube.devices
+        if device.devclass == "pci"
+        for fact, _backend in matching(view, device)
+        for at in range(0, len(fact.interfaces), 7)
+    )
 
 
 # ---- computed defaults, by the names of the property table

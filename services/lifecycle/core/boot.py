@@ -357,7 +357,8 @@ def domain(
             kernel=kernel_name,
         )
     pci = pci_assignments(qube)
-    template_feature = _template_feature(view, qube)
+    # Only a whole machine has firmware, a clock of its own, a screen and a sound card.
+    template_feature = _template_feature(view, qube) if virt_mode == "hvm" else _no_feature
     maxmem = number(evaluate(view, qube, "maxmem"))
     host = view.host
     return Domain(
@@ -377,7 +378,7 @@ def domain(
         e820_host=bool(pci) and truthy(view, qube, "pci-e820-host", default=True),
         rdrand_disable=host is not None and host.cpu_family_model in ("6/58", "6/62"),
         uefi=bool(template_feature("uefi", "")),
-        timezone=template_feature("timezone", ""),
+        timezone=_timezone(template_feature("timezone", "")),
         audio_model=template_feature("audio-model", ""),
         video_model=template_feature("video-model", "vga"),
         gui_domain=_gui_domain(view, qube),
@@ -406,6 +407,17 @@ class _TemplateFeature:
 
 def _template_feature(view: View, qube: Qube) -> _TemplateFeature:
     return _TemplateFeature(view, qube)
+
+
+def _no_feature(_name: str, _default: str) -> str:
+    return ""
+
+
+def _timezone(value: str) -> str:
+    """What the clock of a machine can be set to; anything else is UTC, as without it."""
+    number = value.removeprefix("-")
+    usable = value == "localtime" or (number.isascii() and number.isdigit() and len(number) < 10)
+    return value if usable else ""
 
 
 def _vmlinuz(view: View, virt_mode: str, kernel: KernelFact | None) -> str:
@@ -452,14 +464,18 @@ def _disks(view: View, qube: Qube, devices: Sequence[BlockDevice]) -> tuple[Disk
 
 
 def _block_disks(view: View, qube: Qube, kernel_name: str) -> tuple[Disk, ...]:
-    free = iter(f"xvd{chr(c)}" for c in range(ord("i"), ord("z") + 1))
+    taken = {checked_options(a).get("frontend-dev", "") for a in required(qube, "block")}
+    names = (f"xvd{chr(c)}" for c in range(ord("i"), ord("z") + 1))
+    free = iter([name for name in names if name not in taken])
     disks: list[Disk] = []
     for assignment in required(qube, "block"):
         options = checked_options(assignment)
         target = options.get("frontend-dev", "")
         if not target:
             is_cdrom = options.get("devtype") == "cdrom"
-            target = "xvdd" if is_cdrom and not kernel_name else next(free)
+            drive = is_cdrom and not kernel_name and "xvdd" not in taken
+            target = "xvdd" if drive else next(free, "")
+            taken.add(target)
         paths = {(disk.backend, disk.path) for disk in disks}
         for fact, backend in available(view, qube, assignment):
             device = replace(assignment, backend=backend.name, port=fact.port, options=options)

@@ -87,12 +87,10 @@ def _os(root: ET.Element, spec: DomainSpec, flavour: Flavour) -> None:
             child(system, "kernel", spec.kernel)
             if spec.initramfs:
                 child(system, "initrd", spec.initramfs)
-            child(system, "cmdline", spec.cmdline)
         else:
             child(system, "boot", dev="cdrom")
             child(system, "boot", dev="hd")
-            if spec.kernel:
-                child(system, "cmdline", spec.cmdline)
+        _cmdline(system, spec)
         return
     if spec.virt_mode == "pvh":
         child(system, "type", "xenpvh", arch="x86_64", machine="xenpvh")
@@ -101,7 +99,12 @@ def _os(root: ET.Element, spec: DomainSpec, flavour: Flavour) -> None:
     child(system, "kernel", spec.kernel or PVGRUB[spec.virt_mode])
     if spec.kernel and spec.initramfs:
         child(system, "initrd", spec.initramfs)
-    if spec.kernel:
+    _cmdline(system, spec)
+
+
+def _cmdline(system: ET.Element, spec: DomainSpec) -> None:
+    # A loader of the guest's own kernel is a kernel without options.
+    if spec.kernel and spec.cmdline:
         child(system, "cmdline", spec.cmdline)
 
 
