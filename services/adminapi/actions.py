@@ -537,7 +537,8 @@ class Actions:
             source,
             request.untrusted_payload,
             int(time.time()),
-            outdated=any(state.is_outdated for state in states),
+            # Where storage does not say, the template may be newer than what reports.
+            outdated=len(states) < len(snapshots) or any(state.is_outdated for state in states),
         )
         for command in list(commands):
             await self._backend.mutate(command, ADMINVM_NAME)
