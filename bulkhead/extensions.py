@@ -13,11 +13,31 @@ from pathlib import Path
 from typing import Any
 
 from bulkhead.config import SettingsError
+from bulkhead.model.properties import ALL_ROWS
 
 PREFIX = "ext-"
 LIMIT = 32
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,15}")
-_EVENT = re.compile(r"[a-z]+(-[a-z]+)*-pre-[a-z]+(:([A-Za-z0-9_.-]+|\*))?")
+_WORD = re.compile(r"[A-Za-z0-9_.-]+")
+# Pre-events that extensions are asked about: those of a name alone, and those of a kind
+# with what they are about behind a colon.
+ALONE = (
+    "domain-pre-start",
+    "domain-pre-shutdown",
+    "domain-pre-paused",
+    "domain-pre-unpaused",
+    "domain-pre-delete",
+    "pool-pre-delete",
+)
+OF_PROPERTIES = ("property-pre-set", "property-pre-reset", "property-pre-del")
+OF_OTHERS = (
+    "domain-feature-pre-set",
+    "domain-feature-pre-delete",
+    "device-pre-attach",
+    "device-pre-detach",
+    "device-pre-assign",
+)
+_PROPERTIES = frozenset(row.name for row in ALL_ROWS)
 _GRANT = re.compile(r"[A-Za-z0-9._-]+(\+[A-Za-z0-9_.+-]*)? ([A-Za-z0-9._-]+|\*)")
 _KEYS = {"command", "vetoes", "grants"}
 
@@ -60,6 +80,19 @@ def _strings(data: dict[str, Any], key: str, where: Path) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _check_veto(veto: str, where: Path) -> None:
+    """A veto that would never be asked for is a mistake that lets everything pass."""
+    kind, colon, about = veto.partition(":")
+    if kind in OF_PROPERTIES + OF_OTHERS:
+        if not colon or (about != "*" and not _WORD.fullmatch(about)):
+            raise SettingsError(f"{where}: {kind} needs what it is about, such as {kind}:*")
+        if kind in OF_PROPERTIES and about != "*" and about not in _PROPERTIES:
+            raise SettingsError(f"{where}: {veto}: there is no property {about}")
+    elif veto not in ALONE:
+        known = ", ".join((*ALONE, *(f"{stem}:*" for stem in OF_PROPERTIES + OF_OTHERS)))
+        raise SettingsError(f"{where}: nobody is asked about {veto}; there are {known}")
+
+
 def parse(name: str, text: str, where: Path) -> Extension:
     """A declaration's content; SettingsError says what is wrong with it."""
     if not _NAME.fullmatch(name):
@@ -76,8 +109,7 @@ def parse(name: str, text: str, where: Path) -> Extension:
         raise SettingsError(f"{where}: command begins with the absolute path of a program")
     vetoes = _strings(data, "vetoes", where)
     for veto in vetoes:
-        if not _EVENT.fullmatch(veto):
-            raise SettingsError(f"{where}: {veto} is no pre-event, such as property-pre-set:netvm")
+        _check_veto(veto, where)
     grants = _strings(data, "grants", where)
     for grant in grants:
         if not _GRANT.fullmatch(grant):

@@ -20,7 +20,7 @@ from bulkhead.bus.errors import BusError
 from bulkhead.extensions import Extension
 from bulkhead.model import specs
 from bulkhead.model.plan import plan_begin, plan_mutation
-from bulkhead.model.records import OperationState, WireEvent
+from bulkhead.model.records import OperationState, Phase, Qube, WireEvent
 from bulkhead.model.refusal import Refusal
 from bulkhead.model.view import View
 from services.adminapi.core.exceptions import WireRefusal
@@ -29,21 +29,24 @@ log = logging.getLogger("bulkhead.adminapi")
 
 ASK_S = 2.0
 REASON_LIMIT = 300
-# What an operation announces when it begins later because another one is under way.
+# What an operation announces that the registry may begin although it is queued here, or is
+# refused or has nothing to do by what is known here: the registry may know more.
 _LATER = {
     "START": "domain-pre-start",
     "SHUTDOWN": "domain-pre-shutdown",
     "REMOVE": "domain-pre-delete",
     "PAUSE": "domain-pre-paused",
     "UNPAUSE": "domain-pre-unpaused",
+    "RESUME": "domain-pre-unpaused",
 }
 
 
 def planned(
     view: View, wanted: specs.Command | specs.OperationSpec, source: str
-) -> list[WireEvent]:
-    """The pre-events of what is wanted, none where planning refuses it: so will the
-    registry."""
+) -> list[WireEvent] | None:
+    """The pre-events of what is wanted; of an operation also those that it makes if it
+    begins after all. None where planning refuses a change: so will the registry, as long
+    as nothing changes meanwhile."""
     try:
         if isinstance(wanted, specs.Command):
             events = plan_mutation(view, wanted, source, now=time.time()).events
@@ -59,15 +62,28 @@ def planned(
                 random=lambda limit: limit - 1,
             )
             events = plan.events
-            operation = plan.operation
-            if operation.state is OperationState.QUEUED and operation.kind in _LATER:
-                qubes = [view.by_uuid(u) for u in operation.subjects]
-                events += tuple(
-                    WireEvent(q.name, _LATER[operation.kind], (), q.uuid) for q in qubes if q
-                )
+            if plan.operation.state is OperationState.QUEUED or _is_stopping(view, wanted):
+                events += _later(view, wanted)
     except Refusal:
-        return []
+        if isinstance(wanted, specs.Command):
+            return None
+        events = _later(view, wanted)
     return [event for event in events if "-pre-" in event.name]
+
+
+def _qube(view: View, wanted: specs.OperationSpec) -> Qube | None:
+    return view.qube(str(getattr(wanted, "qube", "")))
+
+
+def _is_stopping(view: View, wanted: specs.OperationSpec) -> bool:
+    """A start finds nothing to do while a qube stops, and its stop may be over by now."""
+    qube = _qube(view, wanted) if isinstance(wanted, specs.StartSpec) else None
+    return qube is not None and qube.run.phase is Phase.STOPPING
+
+
+def _later(view: View, wanted: specs.OperationSpec) -> tuple[WireEvent, ...]:
+    qube, name = _qube(view, wanted), _LATER.get(specs.kind_of(wanted))
+    return (WireEvent(qube.name, name, (), qube.uuid),) if qube is not None and name else ()
 
 
 class Vetoes:
@@ -80,19 +96,24 @@ class Vetoes:
     async def ask(
         self, view: View, wanted: specs.Command | specs.OperationSpec, source: str
     ) -> bool:
-        """Return when nobody refuses; True when anybody was asked. WireRefusal VETOED."""
+        """Return when nobody refuses. WireRefusal VETOED.
+
+        True: that holds only as long as nothing changes, because somebody was asked, or
+        because planning refuses here what may be in order a moment later.
+        """
         if not self._extensions:
             return False
+        events = planned(view, wanted, source)
         questions = [
             self._ask(extension, _request(view, event, source))
-            for event in planned(view, wanted, source)
+            for event in events or ()
             for extension in self._extensions
             if extension.vetoes_event(event.name)
         ]
         for refusal in await asyncio.gather(*questions):
             if refusal is not None:
                 raise refusal
-        return bool(questions)
+        return events is None or bool(questions)
 
     async def _ask(
         self, extension: Extension, request: extension_pb2.AskRequest
@@ -108,6 +129,8 @@ class Vetoes:
         except (BusError, TimeoutError) as error:
             log.warning("extension %s did not answer: %s", extension.name, error)
             text = f"did not answer within {ASK_S:.0f} s, and its answer is needed"
+            if isinstance(error, BusError) and error.code == "INTERNAL":
+                text = f"failed, and its answer is needed; see ext-{extension.name}.log"
             return _refusal(extension, request, text)
         if reply.allow:
             return None

@@ -14,7 +14,41 @@ import pytest
 from tests.instance import PYTHON, Instance, exchange, parse
 
 EXAMPLE = Path(__file__).parents[2] / "docs/extensions/deny_netvm/deny_netvm.py"
+DECLARATION = EXAMPLE.with_suffix(".toml")
 SERVICE = "ext-deny_netvm"
+# One that fails where it should decide, and tries what is none of its business.
+BROKEN = """
+import socket, sys
+from bulkhead.bus.runtime import serve
+
+class Broken:
+    async def ask(self, request, call):
+        raise RuntimeError("a bug")
+
+def reach(path):
+    with socket.socket(socket.AF_UNIX) as peer:
+        try:
+            peer.connect(str(path))
+        except OSError as error:
+            return type(error).__name__
+    return "connected"
+
+async def build(context):
+    run = context.settings.root / "run"
+    for name in ("qubesd.sock", "qubesd.internal.sock",
+                 "bulkhead/ext-deny_netvm/admin.sock", "bulkhead/ext-broken/admin.sock"):
+        context.log.info("reach %s: %s", name, reach(run / name))
+    return Broken()
+
+serve("ext-broken", build, ["Extension"], arguments=sys.argv[1:])
+"""
+
+
+def write_broken(root: Path) -> Path:
+    path = root / "broken.py"
+    path.write_text(BROKEN)
+    path.chmod(0o644)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +57,14 @@ def instance() -> Iterator[Instance]:
     try:
         directory = made.root / "etc/bulkhead/extensions"
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "deny_netvm.toml").write_text(
-            f'command = ["{PYTHON}", "{EXAMPLE}"]\n'
-            'vetoes = ["property-pre-set:netvm"]\n'
+        # The declaration of the example itself, where its program is here.
+        declared = DECLARATION.read_text().splitlines()
+        command = f'command = ["{PYTHON}", "{EXAMPLE}"]'
+        lines = [command if line.startswith("command") else line for line in declared]
+        (directory / "deny_netvm.toml").write_text("\n".join(lines) + "\n")
+        (directory / "broken.toml").write_text(
+            f'command = ["{PYTHON}", "{write_broken(made.root)}"]\n'
+            'vetoes = ["domain-feature-pre-set:broken"]\n'
             'grants = ["admin.vm.tag.List *", "admin.vm.tag.Set+seen *"]\n'
         )
         made.start()
@@ -95,8 +134,50 @@ def test_a_dead_one_refuses_until_it_runs_again(instance: Instance) -> None:
     assert "refuses" in _netvm(instance, "work")
 
 
+def test_a_qube_that_gets_the_tag_loses_its_netvm(instance: Instance) -> None:
+    """By events and by calls that were granted; also what it missed while it was dead."""
+    instance.ok("admin.vm.Create.AppVM", "dom0", "tmpl", b"name=tagged label=red")
+    for way in ("told", "missed"):
+        assert _netvm(instance, "tagged") == ""
+        if way == "missed":
+            old = instance.pid(SERVICE)
+            os.kill(old, signal.SIGSTOP)
+        instance.ok("admin.vm.tag.Set", "tagged", "offline")
+        if way == "missed":
+            instance.kill(SERVICE)
+            instance.wait_restarted(SERVICE, old)
+        instance.until(lambda: _now(instance, "tagged") == "", 15, "it has no netvm")
+        assert "refuses" in _netvm(instance, "tagged")
+        instance.ok("admin.vm.tag.Remove", "tagged", "offline")
+
+
+def test_one_that_fails_refuses_and_says_where_to_look(instance: Instance) -> None:
+    began = time.monotonic()
+    reply = instance.call("admin.vm.feature.Set", "free", "broken", b"1")
+    assert time.monotonic() - began < 1.5
+    assert "extension broken failed" in reply.message and "ext-broken.log" in reply.message
+    assert instance.call("admin.vm.feature.Get", "free", "broken").kind == "exc"
+    log = (instance.root / "var/log/qubes/ext-broken.log").read_text()
+    assert "RuntimeError: a bug" in log
+
+
+def test_it_reaches_its_own_socket_alone(instance: Instance) -> None:
+    log = (instance.root / "var/log/qubes/ext-broken.log").read_text()
+    reached = dict(
+        line.partition("reach ")[2].split(": ") for line in log.splitlines() if "reach " in line
+    )
+    # Without root all services share one user.
+    others = "PermissionError" if os.getuid() == 0 else "connected"
+    assert reached == {
+        "qubesd.sock": others,
+        "qubesd.internal.sock": others,
+        f"bulkhead/{SERVICE}/admin.sock": others,
+        "bulkhead/ext-broken/admin.sock": "connected",
+    }
+
+
 def test_it_may_make_the_calls_that_it_was_granted_and_no_other(instance: Instance) -> None:
-    path = instance.root / "run/bulkhead" / SERVICE / "admin.sock"
+    path = instance.root / "run/bulkhead/ext-broken/admin.sock"
 
     def call(text: bytes) -> str:
         return parse(exchange(path, text + b"\0")).kind
@@ -111,6 +192,6 @@ def test_it_may_make_the_calls_that_it_was_granted_and_no_other(instance: Instan
     def audited() -> bool:
         lines = [line for p in directory.iterdir() for line in p.read_text().splitlines()]
         records = [json.loads(line) for line in lines]
-        return any(r["source"] == SERVICE and r.get("argument") == "seen" for r in records)
+        return any(r["source"] == "ext-broken" and r.get("argument") == "seen" for r in records)
 
     instance.until(audited, 15, "the extension's call is in the audit log")
