@@ -6,6 +6,7 @@ name a volume. Invariant: pure data; nothing here touches a disk.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from bulkhead.model.evaluate import evaluate
@@ -14,6 +15,7 @@ from bulkhead.model.properties import ADMIN, APP, DISP, QUBES_VM, TEMPLATE
 from bulkhead.model.records import (
     ADMINVM_NAME,
     ADMINVM_UUID,
+    REVISIONS_LIMIT,
     Change,
     LabelPut,
     Pool,
@@ -33,6 +35,7 @@ DISPOSABLE_VOLATILE_SIZE = ROOT_SIZE + PRIVATE_SIZE
 
 FILES_POOL = "varlibqubes"
 KERNELS_POOL = "linux-kernel"
+_NUMBER = re.compile(r"-?[0-9]{1,10}")
 
 
 # ---- start state
@@ -138,7 +141,8 @@ def default_revisions(pool: Pool, *, lasts: bool = True) -> int:
     if pool.driver == "linux-kernel" or (pool.driver == "file" and not lasts):
         return 0
     text = pool.options.get("revisions_to_keep", "1")
-    return int(text) if text.lstrip("-").isdigit() else 1
+    number = int(text) if _NUMBER.fullmatch(text) else 1
+    return number if number <= REVISIONS_LIMIT else 1
 
 
 def new_volume(view: View, qube: Qube, spec: ClassVolume) -> Volume:

@@ -14,6 +14,8 @@ from types import MappingProxyType
 
 ADMINVM_UUID = "00000000-0000-0000-0000-000000000000"
 ADMINVM_NAME = "dom0"
+# The largest revisions_to_keep of a volume or pool.
+REVISIONS_LIMIT = 2**31 - 1
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 

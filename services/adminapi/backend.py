@@ -45,6 +45,8 @@ HOLD_S = 10.0
 APPLY_S = 90.0
 # How long an operation may be stuck before its caller is told.
 STUCK_S = 10.0
+# How long taking back what a failed operation had done may go on before its caller is told.
+UNDO_S = 60.0
 # How long our own replica may take to follow.
 FOLLOW_S = 10.0
 # Times that a change is planned and asked about again because something came between.
@@ -68,8 +70,12 @@ def _terminal(operation: Operation) -> bool:
     return operation.state.terminal
 
 
-def _stuck(operation: Operation) -> bool:
-    return operation.state is OperationState.STUCK
+# What an operation may be in for as long as the cause of it lasts, and how long that is
+# waited for.
+_PATIENCE: Mapping[OperationState, float] = {
+    OperationState.STUCK: STUCK_S,
+    OperationState.COMPENSATING: UNDO_S,
+}
 
 
 class OperationWaits:
@@ -355,25 +361,32 @@ class Backend:
         """The operation once it is done. OperationFailed where it ended without success,
         WireRefusal OPERATION_STUCK where it can neither go on nor back for a while."""
         while True:
-            operation = await self.operations.wait(operation_id, lambda o: done(o) or _stuck(o))
+            operation = await self.operations.wait(
+                operation_id, lambda o: done(o) or o.state in _PATIENCE
+            )
             if done(operation):
                 break
             try:
-                moved = self.operations.wait(operation_id, lambda o: not _stuck(o))
-                await asyncio.wait_for(moved, STUCK_S)
+                await asyncio.wait_for(self._moved_on(operation, done), _PATIENCE[operation.state])
             except TimeoutError:
                 raise self._told_stuck(operation) from None
         if operation.state.terminal and operation.state is not OperationState.SUCCEEDED:
             raise OperationFailed(operation)
         return operation
 
+    async def _moved_on(self, operation: Operation, done: Callable[[Operation], bool]) -> None:
+        state = operation.state
+        await self.operations.wait(operation.id, lambda o: done(o) or o.state is not state)
+
     @staticmethod
     def _told_stuck(operation: Operation) -> WireRefusal:
         reason = operation.error.message if operation.error is not None else "no reason is known"
+        what = f"{operation.kind} is stuck: {reason}; it is tried again"
+        if operation.state is OperationState.COMPENSATING:
+            what = f"{operation.kind} failed: {reason}; taking back what it had done is tried again"
         return WireRefusal(
             "OPERATION_STUCK",
-            f"{operation.kind} is stuck: {reason}; it is tried again until the cause is gone,"
-            f" look at operation {operation.id}",
+            f"{what} until the cause is gone, look at operation {operation.id}",
             operation=operation.id,
         )
 

@@ -535,6 +535,12 @@ def pools(r: Script) -> None:
         r.c(f"vm.CreateInPool.{klass}", payload=text, want="QubesException")
     r.c("pool.List", want="=varlibqubes\nlinux-kernel\np1\np2\n")
     r.c("pool.Set.revisions_to_keep", arg="p1", payload="3")
+    r.c("pool.Set.revisions_to_keep", arg="p1", payload="2147483647")
+    r.c(
+        "pool.Info",
+        arg="p1",
+        want="~.*\nephemeral_volatile=False\n.*\nrevisions_to_keep=2147483647\n.*",
+    )
     r.c("pool.Set.revisions_to_keep", arg="p1", payload="-1")
     for bad in ("", "-2", "x", "01", " 1"):
         r.c("pool.Set.revisions_to_keep", arg="p1", payload=bad, want="ProtocolError")

@@ -149,3 +149,51 @@ def test_refusals_change_nothing(old: Old) -> None:
     assert (done.returncode, "no file of its own" in done.stderr) == (1, True)
     assert (old.folder / "notes.txt").is_file()
     assert not (old.folder / "notes.txt").is_symlink()
+
+
+def _with_thin_pool(old: Old, *moved: str) -> None:
+    """Adopt a store with a pool of a driver that this build lacks, these volumes in it."""
+    store = old.state / "qubes.xml"
+    pool = b'<pool name="thin" driver="lvm_thin" volume_group="vg" thin_pool="tp"/></pools>'
+    data = store.read_bytes()
+    assert data.count(b"</pools>") == 1
+    data = data.replace(b"</pools>", pool)
+    for vid in moved:
+        there = f'pool="varlibqubes" vid="{vid}"'.encode()
+        assert data.count(there) == 1, data
+        data = data.replace(there, b'pool="thin" vid="vg/vm-%s"' % vid.replace("/", "-").encode())
+    store.write_bytes(data)
+    assert old.adopt().returncode == 0
+    old.instance.start()
+
+
+def test_a_pool_that_this_build_cannot_use_takes_no_qube_and_holds_no_name(old: Old) -> None:
+    _with_thin_pool(old)
+    for payload in (
+        b"name=x label=red pool=thin",
+        b"name=x label=red pool:volatile=thin",
+        b"name=x label=red pool:private=thin",
+    ):
+        # Refused for good, and what was made elsewhere is taken back: the name is free.
+        reply = old.instance.call("admin.vm.CreateInPool.AppVM", arg="tmpl", payload=payload)
+        assert reply.exception == "StoragePoolException", reply
+        assert "lvm_thin" in reply.message
+        assert not (old.state / "appvms/x").exists()
+    old.instance.ok("admin.vm.Create.AppVM", arg="tmpl", payload=b"name=x label=red")
+
+
+def test_a_qube_in_such_a_pool_is_refused_what_needs_its_data(old: Old) -> None:
+    _with_thin_pool(old, "appvms/work/private")
+    call = old.instance.call
+    for _ in range(2):  # nothing of the first one is left in the way
+        for method, arg, payload in (
+            ("admin.vm.Start", "", b""),
+            ("admin.vm.volume.Clear", "private", b""),
+            ("admin.vm.volume.Resize", "private", b"4294967296"),
+            ("admin.vm.volume.Revert", "private", b"1"),
+        ):
+            reply = call(method, "work", arg, payload)
+            assert reply.exception == "StoragePoolException", (method, reply)
+            assert "lvm_thin" in reply.message
+        assert "power_state=Halted" in old.instance.ok("admin.vm.CurrentState", "work")
+    old.instance.ok("admin.vm.volume.Info", "work", "private")

@@ -1,4 +1,4 @@
-"""Waiting for the view: woken by the stream, bounded by time."""
+"""Waiting for the view and for operations: woken by the stream, bounded by time."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
+
 from bulkhead.bus.events import Entry
-from services.adminapi.backend import OperationWaits
+from bulkhead.model.records import Operation, OperationPut, OperationState, Problem
+from bulkhead.model.specs import CreateSpec
+from services.adminapi import backend as backend_module
+from services.adminapi.backend import OperationFailed, OperationWaits
+from services.adminapi.core.exceptions import WireRefusal
 
 
 def _bench() -> tuple[SimpleNamespace, OperationWaits]:
@@ -51,3 +57,56 @@ def test_what_holds_already_is_not_waited_for() -> None:
         return await waits.until(lambda _: True, 0.0)
 
     assert asyncio.run(run()) is True
+
+
+def _operation(state: OperationState) -> Operation:
+    return Operation(
+        id="op-1",
+        kind="CREATE",
+        spec=CreateSpec(name="x", klass="AppVM", label="red"),
+        subjects=("x",),
+        state=state,
+        source="dom0",
+        error=Problem("INTERNAL", "BOOM", "the disk is on fire"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (OperationState.STUCK, "CREATE is stuck: the disk is on fire;"),
+        (OperationState.COMPENSATING, "CREATE failed: the disk is on fire; taking back"),
+    ],
+)
+def test_who_waits_for_what_does_not_end_is_told_why(
+    state: OperationState, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend_module, "_PATIENCE", dict.fromkeys(backend_module._PATIENCE, 0.01))
+
+    async def run() -> None:
+        replica, waits = _bench()
+        replica.view.operations = {"op-1": _operation(state)}
+        backend = backend_module.Backend.__new__(backend_module.Backend)
+        backend.operations = waits
+        with pytest.raises(WireRefusal, match=words) as caught:
+            await asyncio.wait_for(backend.succeeded("op-1"), 5.0)
+        assert caught.value.reason == "OPERATION_STUCK"
+
+    asyncio.run(run())
+
+
+def test_the_end_of_taking_back_is_waited_for() -> None:
+    async def run() -> None:
+        replica, waits = _bench()
+        replica.view.operations = {"op-1": _operation(OperationState.COMPENSATING)}
+        backend = backend_module.Backend.__new__(backend_module.Backend)
+        backend.operations = waits
+        task = asyncio.ensure_future(backend.succeeded("op-1"))
+        await asyncio.sleep(0)
+        failed = _operation(OperationState.FAILED)
+        replica.view.operations = {"op-1": failed}
+        waits.on_entry(Entry(1, 1, changes=(OperationPut(failed),)))
+        with pytest.raises(OperationFailed, match="the disk is on fire"):
+            await asyncio.wait_for(task, 5.0)
+
+    asyncio.run(run())

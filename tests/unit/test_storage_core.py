@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bulkhead.model.records import Pool, Volume
+from bulkhead.model.records import REVISIONS_LIMIT, Pool, Volume
 from services.storage.core.names import (
     Revision,
     Role,
@@ -174,10 +174,12 @@ def test_booleans_of_pools(text: str, value: bool) -> None:
 def test_bad_pool_options() -> None:
     with pytest.raises(StorageRefusal):
         parse_bool(Pool("p", "file", {"x": "maybe"}), "x", False)
-    for text in ("-2", "1.5", "", "x", "9999999999"):
+    for text in ("-2", "1.5", "", "x", str(REVISIONS_LIMIT + 1), "9999999999"):
         with pytest.raises(StorageRefusal):
             parse_revisions(Pool("p", "file", {"revisions_to_keep": text}))
-    assert parse_revisions(Pool("p", "file", {"revisions_to_keep": "-1"})) == -1
+    # Every number that Set takes.
+    for number in (-1, 0, REVISIONS_LIMIT):
+        assert parse_revisions(Pool("p", "file", {"revisions_to_keep": str(number)})) == number
 
 
 def test_containing_pool() -> None:

@@ -22,14 +22,13 @@ from bulkhead.model.defaults import (
 from bulkhead.model.evaluate import is_halted
 from bulkhead.model.plan.base import Draft, need_qube
 from bulkhead.model.properties import APP, DISP
-from bulkhead.model.records import Phase, Pool, PoolPut, Qube, Volume
+from bulkhead.model.records import REVISIONS_LIMIT, Phase, Pool, PoolPut, Qube, Volume
 from bulkhead.model.refusal import Refusal
 from bulkhead.model.specs import SetPool, SetVolume
 from bulkhead.model.view import View
 
 KERNEL_DRIVER = "linux-kernel"
 FILE_DRIVER = "file"
-REVISIONS_LIMIT = 2**31 - 1
 _POOL_REMOVALS = frozenset({"POOL_REMOVE"})
 
 

@@ -24,7 +24,7 @@ from bulkhead.model.grammar import (
     shown,
 )
 from bulkhead.model.properties import find_row
-from bulkhead.model.records import Assignment, Phase, Pool, Qube
+from bulkhead.model.records import REVISIONS_LIMIT, Assignment, Phase, Pool, Qube
 from bulkhead.model.refusal import Refusal
 from services.adminapi.core import devices
 from services.adminapi.core.checks import Checked
@@ -327,7 +327,7 @@ def pool_set_ephemeral_volatile(context: ReadContext, request: Checked) -> Wante
 
 
 def _int32(number: int) -> int:
-    if number >= 2**31:
+    if number > REVISIONS_LIMIT:
         raise Refusal("INVALID_VALUE", "the number is too large", value=str(number))
     return number
 

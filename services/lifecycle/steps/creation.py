@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from bulkhead.api import domains_pb2, firewall_pb2, storage_pb2
+from bulkhead.bus.errors import BusError
 from bulkhead.model.plan.volumes import volumes_of_template
 from bulkhead.model.records import Qube, Volume
 from bulkhead.model.specs import CloneSpec, CreateSpec
@@ -19,6 +20,8 @@ from services.lifecycle.participants import volume_message, volume_messages
 from services.lifecycle.steps.start import CALL_TIMEOUT_S, STORAGE_TIMEOUT_S, subject
 
 CLONE_TIMEOUT_S = 3600.0
+# Refusals of a pool that could not be used when the volumes were to be made, either.
+_TAKES_NOTHING = frozenset({"INVALID_POOL", "POOL_UNUSABLE"})
 
 
 def stored(context: StepContext, qube: Qube) -> list[storage_pb2.VolumeSpec]:
@@ -49,18 +52,41 @@ class Ensure:
         return Outcome(result={"name": qube.name, "uuid": qube.uuid})
 
     async def undo(self, context: StepContext) -> None:
-        await remove_volumes(context, subject(context))
+        await _discard_new(context, subject(context))
 
 
 async def remove_volumes(context: StepContext, qube: Qube) -> None:
     """Nothing in any pool carries the qube's uuid any more."""
     volumes = stored(context, qube)
     if volumes:
-        await context.participants.storage.remove(
-            storage_pb2.RemoveRequest(owner=qube.uuid, volumes=volumes),
-            timeout=STORAGE_TIMEOUT_S,
-            context=context.call("remove"),
-        )
+        await _remove(context, qube, volumes, "remove")
+
+
+async def _discard_new(context: StepContext, qube: Qube) -> None:
+    """What was made for the new qube is gone.
+
+    A pool whose driver or options this build cannot use has taken nothing: asked to remove,
+    it would refuse for ever.
+    """
+    pools: dict[str, list[storage_pb2.VolumeSpec]] = {}
+    for volume in stored(context, qube):
+        pools.setdefault(volume.pool.name, []).append(volume)
+    for name, volumes in pools.items():
+        try:
+            await _remove(context, qube, volumes, f"remove/{name}")
+        except BusError as error:
+            if error.reason not in _TAKES_NOTHING:
+                raise
+
+
+async def _remove(
+    context: StepContext, qube: Qube, volumes: list[storage_pb2.VolumeSpec], part: str
+) -> None:
+    await context.participants.storage.remove(
+        storage_pb2.RemoveRequest(owner=qube.uuid, volumes=volumes),
+        timeout=STORAGE_TIMEOUT_S,
+        context=context.call(part),
+    )
 
 
 class EnsureCloned:
@@ -74,7 +100,7 @@ class EnsureCloned:
         return Outcome(result={"name": qube.name, "uuid": qube.uuid})
 
     async def undo(self, context: StepContext) -> None:
-        await remove_volumes(context, subject(context))
+        await _discard_new(context, subject(context))
 
 
 async def _ensure_cloned(context: StepContext, qube: Qube, origins: Mapping[str, Volume]) -> None:

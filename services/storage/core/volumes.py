@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from bulkhead.model.records import Pool, Volume
+from bulkhead.model.records import REVISIONS_LIMIT, Pool, Volume
 from services.storage.core.reasons import StorageRefusal
 
 PREFIXES: tuple[str, ...] = ("appvms", "vm-templates")
@@ -158,7 +158,7 @@ def parse_directory(pool: Pool, driver: str, known: Collection[str]) -> str:
 def parse_revisions(pool: Pool) -> int:
     """The pool's revisions_to_keep, 1 by default. INVALID_POOL below -1 or no number."""
     text = pool.options.get("revisions_to_keep", "1")
-    if re.fullmatch(r"-1|[0-9]{1,9}", text) is None:
+    if re.fullmatch(r"-1|[0-9]{1,10}", text) is None or int(text) > REVISIONS_LIMIT:
         raise StorageRefusal(
             "INVALID_POOL",
             f"pool {pool.name}: revisions_to_keep is {text!r}, use a number from -1 on",

@@ -24,7 +24,7 @@ _SEARCH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 
 
 class AbsentDriver(Driver):
-    """Base: knows its options, refuses the rest."""
+    """Base: knows its options, refuses the rest; the end of what cannot have begun is done."""
 
     parameters: ClassVar[tuple[str, ...]]
     required: ClassVar[tuple[str, ...]]
@@ -111,7 +111,7 @@ class AbsentDriver(Driver):
         self._refuse()
 
     def stop(self, owner: str, boot_id: str, volume: Volume, cancel: Cancel) -> None:
-        self._refuse()
+        """Nothing was started."""
 
     def describe(self, volume: Volume, source: Volume | None) -> VolumeState:
         why_not = f"driver {self.name} is not available on this host: {self._why_not()}"
@@ -130,7 +130,8 @@ class AbsentDriver(Driver):
         self._refuse()
 
     def import_end(self, owner: str, volume: Volume, success: bool, key: str) -> None:
-        self._refuse()
+        if success:
+            self._refuse()
 
     def committed(self, volume: Volume, revision: str = "") -> AbstractContextManager[Committed]:
         self._refuse()
