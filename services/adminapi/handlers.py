@@ -8,6 +8,7 @@ it, and a client that goes away changes nothing of what it has asked for.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
@@ -70,6 +71,10 @@ log = logging.getLogger("bulkhead.adminapi")
 READY_S = 10.0
 # New event streams wait so long at most for what is known of running guests.
 FACTS_S = 10.0
+# Calls that read what depends on the host: memory, processors, what runs. The first ones after
+# a start wait so long at most for the host to be known; nothing ever waits for it again.
+HOST_S = 3.0
+_OF_THE_HOST = (b"admin.property.Get", b"admin.vm.property.Get", b"bulkhead.vm.GetAll")
 # How long the removal of a disposable that was refused its start is waited for.
 LEFTOVER_S = 2.0
 # How long calls under way may go on when the service stops.
@@ -131,6 +136,8 @@ class AdminApi:
         self._gone: Mapping[str, Qube] = {}
         self._streams = Streams()
         self._held: list[tuple[Checked, Peer]] = []
+        # The host has been known, or was waited for in vain.
+        self._host_settled = asyncio.Event()
         self._watches: dict[Peer, Checked] = {}
         self._stats: dict[Peer, Checked] = {}
         self._sampler: asyncio.Task[None] | None = None
@@ -177,7 +184,7 @@ class AdminApi:
     def serve(self, socket_name: str, untrusted_frame: bytes, peer: Peer) -> None:
         """Answer a frame; reads at once, all else in a task of its own."""
         self.counters["calls"] += 1
-        if self._backend.replica.is_ready:
+        if self._backend.replica.is_ready and not self._lacks_host(untrusted_frame):
             self._serve(socket_name, untrusted_frame, peer)
         else:
             self._spawn(self._serve_when_ready(socket_name, untrusted_frame, peer))
@@ -190,7 +197,18 @@ class AdminApi:
                 refuse("NOT_READY", "the system's records are not loaded yet; try again shortly")
             )
             return
+        if self._lacks_host(frame):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._host_settled.wait(), HOST_S)
+            self._host_settled.set()
         self._serve(socket_name, frame, peer)
+
+    def _lacks_host(self, untrusted_frame: bytes) -> bool:
+        return (
+            not self._host_settled.is_set()
+            and untrusted_frame.startswith(_OF_THE_HOST)
+            and self._backend.view.host is None
+        )
 
     def _serve(self, socket_name: str, untrusted_frame: bytes, peer: Peer) -> None:
         try:
@@ -382,7 +400,8 @@ class AdminApi:
                 self._streams.publish(self._policy, view, entry.events, self._gone, entry.seq)
             except Exception:
                 log.exception("events of entry %d could not be written", entry.seq)
-        if self._held and view.host is not None:
+        if view.host is not None:
+            self._host_settled.set()
             self._release(*self._held)
         if self._watches:
             self._tell_watches(entry)

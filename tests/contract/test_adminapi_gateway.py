@@ -20,6 +20,9 @@ from bulkhead.bus.errors import BusError, bus_error
 from bulkhead.bus.events import Entry
 from bulkhead.model import specs
 from bulkhead.model.records import (
+    FactPut,
+    FactRemoved,
+    HostFact,
     Operation,
     OperationPut,
     OperationState,
@@ -31,6 +34,7 @@ from bulkhead.model.records import (
 )
 from bulkhead.model.view import View
 from services.adminapi import backend as backend_module
+from services.adminapi import handlers as handlers_module
 from services.adminapi.actions import Actions
 from services.adminapi.adapters import gateway as gateway_module
 from services.adminapi.adapters.gateway import Gateway, bind_socket, inherited_sockets
@@ -220,6 +224,39 @@ def test_nothing_is_answered_before_the_write_side_ends(run: Runner) -> None:
         writer.write_eof()
         assert (await asyncio.wait_for(reader.read(), 10)).startswith(b"0\0")
         writer.close()
+
+    run(test)
+
+
+def test_the_first_reads_after_a_start_wait_for_the_host(run: Runner) -> None:
+    async def test(world: World) -> None:
+        world.replica.view.apply(FactRemoved("host"))
+        asked = asyncio.ensure_future(world.ask("admin.property.Get+maxmem"))
+        assert (await world.ask("admin.label.List")).startswith(b"0\0")
+        await asyncio.sleep(0.05)
+        assert not asked.done()
+        world.replica.tell(changes=(FactPut(HostFact("sim", memory_kib=8 << 20, cpus=2)),))
+        assert await asked == b"0\0default=True type=int 8192"
+        # A registry that starts anew knows no host for a moment: nobody waits again.
+        world.replica.view.apply(FactRemoved("host"))
+        assert await world.ask("admin.property.Get+maxmem") == b"0\0default=True type=int "
+
+    run(test)
+
+
+def test_a_host_that_is_not_reported_is_waited_for_once(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handlers_module, "HOST_S", 0.1)
+
+    async def test(world: World) -> None:
+        world.replica.view.apply(FactRemoved("host"))
+        began = asyncio.get_running_loop().time()
+        assert (await world.ask("admin.vm.property.GetAll", "work")).startswith(b"0\0")
+        assert asyncio.get_running_loop().time() - began >= 0.1
+        monkeypatch.setattr(handlers_module, "HOST_S", 60)
+        async with asyncio.timeout(5):
+            assert (await world.ask("admin.property.Get+no_cpus")).startswith(b"0\0")
 
     run(test)
 

@@ -449,8 +449,8 @@ def _told(event: wire.Event) -> str:
 
 
 @pytest.mark.integration
-def test_what_property_changes_tell() -> None:
-    with started() as (_, client, _):
+def test_what_property_changes_tell_and_leave() -> None:
+    with started() as (instance, client, _):
         for name in ("work", "net", "dvm"):
             payload = f"name={name} label=red".encode()
             client.call("admin.vm.Create.AppVM", arg="tmpl", payload=payload)
@@ -481,3 +481,19 @@ def test_what_property_changes_tell() -> None:
         assert mine == [text for text in wanted if text.startswith("work ")]
         everything.close()
         one.close()
+        # All of it, and what the host is, is there for the first reader after a start.
+        client.set("work", "vcpus", "9" * 25)
+        client.set("work", "kernelopts", "  a\r\nb\t ")
+        client.set("", "default_netvm", "dom0")
+
+        def everything_read() -> list[str]:
+            return [
+                client.text("admin.property.GetAll"),
+                client.text("admin.vm.property.GetAll", "work"),
+            ]
+
+        before = everything_read()
+        assert "\nmaxmem default=True type=int 16384\n" in before[0]
+        instance.stop()
+        instance.start()
+        assert everything_read() == before
