@@ -1014,6 +1014,17 @@ def test_usage_is_the_file_systems(pool: Pool1) -> None:
     assert pool.driver.config()["dir_path"] == str(pool.root)
 
 
+def test_usage_of_a_volume_is_that_of_its_data(pool: Pool1) -> None:
+    volume = origin()
+    pool.driver.ensure(OWNER, volume)
+    # Whatever the file system counts for its tags.
+    assert pool.driver.describe(volume, None).usage == 0
+    pool.cycle(volume, A)
+    assert pool.driver.describe(volume, None).usage >= len(A)
+    pool.driver.replace(OWNER, volume, None, "op-1", Cancel())
+    assert pool.driver.describe(volume, None).usage == 0
+
+
 def test_links_are_not_followed(pool: Pool1) -> None:
     volume = origin()
     home = pool.root / "appvms/work"

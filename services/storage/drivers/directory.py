@@ -919,7 +919,7 @@ class DirectoryDriver(Driver):
         size, usage = volume.size, 0
         if shown is not None:
             size = self._size_of(shown)
-            usage = shown.lstat().st_blocks * 512
+            usage = files.used(shown)
         return VolumeState(
             size=size,
             usage=usage,

@@ -30,6 +30,8 @@ _NO_REFLINK = frozenset(
     {errno.EBADF, errno.EINVAL, errno.EOPNOTSUPP, errno.EXDEV, errno.ENOTTY, errno.ENOSYS}
 )
 _NO_TAG = frozenset({errno.ENODATA, errno.EOPNOTSUPP})
+# More than any file system gives to the tags of one file.
+_TAGS_TAKE = 64 << 10
 _CHUNK = 1 << 20
 _STEP = 32 << 20
 _ZERO = bytes(_CHUNK)
@@ -183,6 +185,21 @@ def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def used(path: Path) -> int:
+    """Bytes that the file's data take. Some file systems count its tags with them: a file
+    that is nothing but a hole takes none."""
+    taken = path.lstat().st_blocks * 512
+    if 0 < taken <= _TAGS_TAKE:
+        with opened(path) as fd:
+            try:
+                os.lseek(fd, 0, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                return 0
+    return taken
 
 
 # ---- copies
