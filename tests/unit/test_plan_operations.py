@@ -481,6 +481,14 @@ def test_remove(w: World) -> None:
     assert check(w.view) == []
     no_change(w, CreateSpec(name="vault", klass="AppVM", label="red"), "NAME_IN_REMOVAL")
     no_change(w, CloneSpec("work", "vault"), "NAME_IN_REMOVAL")
+    # Nobody knows when a stuck one ends, so whoever wants the name is not kept waiting.
+    w.view.apply(OperationPut(replace(begun.operation, state=OperationState.STUCK, error=BOOM)))
+    for spec in (
+        CreateSpec(name="vault", klass="AppVM", label="red"),
+        CloneSpec("work", "vault"),
+    ):
+        refusal = no_change(w, spec, "QUBE_EXISTS")
+        assert refusal.message == "The removal of a VM named vault is stuck: it broke"
     ended = w.end(begun.operation)
     assert names(ended.events) == ["vault:domain-remove-from-disk"]
     assert w.view.qube_any("vault") is None

@@ -155,10 +155,19 @@ def check_free_name(view: View, untrusted_name: str) -> str:
     """A well-formed name that no record has, hidden ones included; INVALID_NAME, QUBE_EXISTS.
 
     NAME_IN_REMOVAL: it will be free soon; for those who remove it, it is free already.
+    Where its removal is stuck, QUBE_EXISTS says so: nobody knows when.
     """
     name = check_qube_name(untrusted_name)
     taken = view.qube_any(name)
     if taken is not None and taken.state is RecordState.DELETING:
+        for operation in view.operations_on(taken.uuid):
+            if operation.state is OperationState.STUCK:
+                why = operation.error.message if operation.error is not None else "unknown"
+                raise Refusal(
+                    "QUBE_EXISTS",
+                    f"The removal of a VM named {name} is stuck: {why}",
+                    qube=name,
+                )
         raise Refusal("NAME_IN_REMOVAL", f"A VM named {name} is still being removed", qube=name)
     if taken is not None:
         state = " (it is being made)" if taken.state is RecordState.CREATING else ""
