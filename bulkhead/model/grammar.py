@@ -520,19 +520,21 @@ def format_device(
     """The serialisation of a device, in wire order.
 
     descriptions: vendor, product, manufacturer, name, serial where known; what cannot be
-    written is made printable, since it comes from a guest.
+    written is made printable, since it comes from a guest. Where none is known the space
+    that would part them stays, as in release 4.4.
     """
-    pairs = [
+    named = [
         ("device_id", device.device_id),
         ("port_id", device.port),
         ("devclass", devclass),
         ("backend_domain", device.backend),
     ]
-    pairs.extend(
+    described = [
         (key, _harmless(descriptions[key]))
         for key in _DESCRIPTIONS
         if descriptions.get(key, "unknown") != "unknown"
-    )
+    ]
+    pairs: list[tuple[str, str]] = []
     if attachment:
         pairs.append(("attachment", attachment))
     if interfaces:
@@ -541,7 +543,8 @@ def format_device(
         pairs.append(("parent_port_id", parent_port))
         pairs.append(("parent_devclass", parent_devclass))
     pairs.extend((f"_{key}", _harmless(value)) for key, value in data.items())
-    return format_pairs(pairs)
+    head = f"{format_pairs(named)} {format_pairs(described)}"
+    return f"{head} {format_pairs(pairs)}" if pairs else head
 
 
 def _harmless(untrusted_value: str) -> str:

@@ -125,7 +125,7 @@ def test_lists_are_sorted_and_written_as_the_interface_says(r: Lab) -> None:
         " _mode='w' _size='4096'\n"
     )
     part = (
-        f"sda1:{ID} {HEAD.format('sda1')} interfaces='b******'"
+        f"sda1:{ID} {HEAD.format('sda1')}  interfaces='b******'"
         " parent_port_id='sda' parent_devclass='block' _mode='w' _size='4096'\n"
     )
     r.c("dev.block.Available", "back", want="=" + part + line)

@@ -173,6 +173,11 @@ def test_recorded_device_texts() -> None:
     )
     pairs = grammar.parse_pairs(text)
     assert pairs["product"] == "O'Brien stick"
+    unknown = DeviceName("sys-net", "1-2", "0000:0000::?******")
+    assert grammar.format_device("testclass", unknown, interfaces="?******") == (
+        "device_id='0000:0000::?******' port_id='1-2' devclass='testclass'"
+        " backend_domain='sys-net'  interfaces='?******'"
+    )
     # A value left out by the other side leaves two spaces.
     assert grammar.parse_pairs("a='1'  b='2'\n") == {"a": "1", "b": "2"}
     assert grammar.parse_pairs("a='1' b='2' a='3'") == {"a": "3", "b": "2"}
