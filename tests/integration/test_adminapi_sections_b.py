@@ -394,10 +394,17 @@ def volumes(r: Script) -> None:
     r.c("vol.ListSnapshots", "vol2", "private", want="=3\n")
     r.forget("vol2")
     # What starts anew each time takes nothing, and says so like a copy
-    for volume, source in (("root", "root"), ("volatile", "private"), ("root", "private")):
+    for volume, source in (
+        ("root", "root"),
+        ("volatile", "private"),
+        ("root", "private"),
+        ("root", "kernel"),
+        ("volatile", "kernel"),
+    ):
         r.c("vol.CloneFrom", "tmpl", source, want=token, save="t6")
         r.c("vol.CloneTo", "vol2", volume, "{t6}")
-        copied = f"vol2:domain-import-volume name={volume} source=vm-templates/tmpl/{source}"
+        vid = "6.12.1-lab" if source == "kernel" else f"vm-templates/tmpl/{source}"
+        copied = f"vol2:domain-import-volume name={volume} source={vid}"
         r.events("vol2", copied)
     r.c("vol.CloneFrom", "tmpl", "kernel", want=token, save="t7")
     r.c("vol.CloneTo", "vol2", "kernel", "{t7}")

@@ -959,6 +959,8 @@ def test_a_volume_that_changes_without_snapshots_is_not_copied(w: World, target:
         (ImportSpec("work", "root"), "VOLUME_REFUSED"),
         (CloneVolumeSpec("work", "private", "vault", "private"), "QUBE_NOT_HALTED"),
         (CloneVolumeSpec("work", "volatile", "dvm", "private"), "VOLUME_REFUSED"),
+        (CloneVolumeSpec("work", "kernel", "dvm", "private"), "VOLUME_REFUSED"),
+        (CloneVolumeSpec("work", "private", "dvm", "kernel"), "VOLUME_REFUSED"),
         (CloneVolumeSpec("nosuch", "private", "work", "private"), "QUBE_NOT_FOUND"),
         (ResizeSpec("dom0", "root", 5), "VOLUME_NOT_FOUND"),
     ],

@@ -192,7 +192,8 @@ def begin_clone_volume(
     original = need_volume(source, spec.source_volume)
     _committed(source, original)
     kernel = is_kernel_volume(view, volume)
-    if kernel == is_kernel_volume(view, original) and (kernel or not volume.save_on_stop):
+    takes_nothing = is_kernel_volume(view, original) if kernel else not volume.save_on_stop
+    if takes_nothing:
         return replace(
             operation,
             data={**operation.data, "source_vid": original.vid, NOTHING_COPIED: "1"},
