@@ -452,7 +452,7 @@ class Tools:
 
     def devices(self, devclass: str) -> dict[str, list[str]]:
         """qvm-device C list -s: "BACKEND:PORT" -> who has it, attached or assigned."""
-        known = [name for name, line in self._known().items() if line.klass != "RemoteVM"]
+        known = list(self._known())
         users: dict[str, list[str]] = {}
         for qube in known:
             for port in self.api.available(devclass, qube):
@@ -541,9 +541,7 @@ class Tools:
     def volume_list(self) -> dict[str, tuple[dict[str, Value], list[str]]]:
         """qvm-volume list: "QUBE:VOLUME" -> Info, revisions."""
         found = {}
-        for qube, line in self._known().items():
-            if line.klass == "RemoteVM":
-                continue
+        for qube in self._known():
             for volume in self.api.volumes(qube):
                 first = self.api.volume(qube, volume)
                 again = self.api.volume(qube, volume)

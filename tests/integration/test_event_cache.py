@@ -80,13 +80,14 @@ SILENT: dict[str, frozenset[str]] = {
     "supported-service.meminfo-writer": frozenset({"maxmem"}),
     "servicevm": frozenset({"icon"}),
     "pci": frozenset({"virt_mode", "maxmem", "kernelopts"}),
-    # A guest that sleeps deeply: no event of the release says so.
+    # A guest that sleeps deeply: no event that the client's cache knows says so.
     "Suspend": frozenset({"states"}),
+    "Resume": frozenset({"states"}),
 }  # fmt: skip
 SILENT_RESETS = frozenset({("reset", "ip6", "visible_ip6")})
 INHERITED = frozenset(
-    {"default_user", "kernel", "kernelopts", "management_dispvm", "maxmem", "memory",
-     "qrexec_timeout", "shutdown_timeout", "vcpus"}
+    {"appvm_default_bootmode", "default_user", "kernel", "kernelopts", "management_dispvm",
+     "maxmem", "memory", "qrexec_timeout", "shutdown_timeout", "vcpus"}
 )  # fmt: skip
 # Devices attach themselves a moment after the call that lets them.
 SETTLE_S = 3.0
@@ -257,7 +258,8 @@ class Change:
         if self.what not in INHERITED or qube == self.holder:
             return False
         # Set on a template, it is told of those that are directly based on that.
-        if what != self.what or self.verb != "set":
+        boot = self.what == "appvm_default_bootmode"
+        if what != ("bootmode" if boot else self.what) or (self.verb != "set" and not boot):
             return what in (self.what, "kernelopts", "maxmem")
         return not (
             api.klass(self.holder) == "TemplateVM"

@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -162,6 +163,52 @@ def test_a_stopped_import_is_ended_as_failed(host: Host) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 1
     assert host.internal.calls[1].payload == b"fail\nStopped: stopped by SIGTERM"
+
+
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
+def test_an_import_that_is_stopped_while_it_begins_is_ended(
+    host: Host, which: signal.Signals
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def begin(_call: Call) -> str:
+        started[0].send_signal(which)
+        time.sleep(0.2)
+        return f"100 {host.target}"
+
+    host.internal.answers = {BEGIN: begin, END: "ended"}
+    with subprocess.Popen(
+        host.command("admin.vm.volume.ImportWithSize", "private"),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=host.environment(),
+    ) as process:  # fmt: skip
+        started.append(process)
+        assert process.stdin is not None
+        process.stdin.write(b"100\n")
+        process.stdin.flush()
+        assert process.wait(30) == 1
+    assert [call.method for call in host.internal.calls] == [BEGIN, END]
+    assert host.internal.calls[1].payload == b"fail\nStopped: stopped by " + which.name.encode()
+
+
+def test_a_stop_behind_the_data_does_not_hide_what_came_of_them(host: Host) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def end(_call: Call) -> str:
+        started[0].send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        return "ended"
+
+    host.internal.answers = {**host.internal.answers, END: end}
+    with subprocess.Popen(
+        host.command("admin.vm.volume.ImportWithSize", "private"),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=host.environment(),
+    ) as process:  # fmt: skip
+        started.append(process)
+        said, _ = process.communicate(b"3\nabc", 30)
+    assert said == b"0\0ended"
+    assert host.internal.calls[1].payload == b"ok"
 
 
 def test_without_a_caller_nothing_is_asked(host: Host) -> None:

@@ -130,6 +130,9 @@ def fail(name: str, message: object) -> NoReturn:
     raise SystemExit(_UNUSABLE)
 
 
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
 class Stopped(BaseException):
     """SIGTERM, SIGINT or SIGHUP came."""
 
@@ -141,10 +144,19 @@ def stoppable() -> Iterator[None]:
     def stop(number: int, _frame: object) -> None:
         raise Stopped(f"stopped by {signal.Signals(number).name}")
 
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = [signal.signal(number, stop) for number in numbers]
+    before = [signal.signal(number, stop) for number in _STOPPING]
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in zip(_STOPPING, before, strict=True):
             signal.signal(number, handler)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Signals that end the program wait inside; Stopped comes when the block is left."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -9,6 +9,7 @@ Exit status: 0 = the reply of ImportEnd was handed on; 1 = the import did not be
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -70,25 +71,31 @@ def size_line() -> bytes:
 
 
 def _import(request: service.Request, path: Path, announced: bytes) -> int:
-    answer = service.whole(path, request.head(BEGIN) + announced)
-    if answer[:2] != b"0\0":
-        service.write(answer)
-        return 1
-    end = request.head(END)
     stopped: service.Stopped | None = None
-    try:
-        number, _, target = answer[2:].decode().partition(" ")
-        with open(0, "rb", buffering=0, closefd=False) as source:
-            importing.copy_data(source, Path(target), int(number))
-        outcome = b"ok"
-    except (OSError, ValueError) as error:
-        outcome = importing.failure(error)
-    except service.Stopped as error:
-        stopped, outcome = error, importing.failure(error)
-    reply = service.whole(path, end + outcome)
+    with contextlib.ExitStack() as quiet:
+        quiet.enter_context(service.undisturbed())
+        answer = service.whole(path, request.head(BEGIN) + announced)
+        if answer[:2] != b"0\0":
+            service.write(answer)
+            return 1
+        try:
+            # Who stopped us meanwhile does so here, where what was begun gets ended.
+            quiet.close()
+            number, _, target = answer[2:].decode().partition(" ")
+            with open(0, "rb", buffering=0, closefd=False) as source:
+                importing.copy_data(source, Path(target), int(number))
+            quiet.enter_context(service.undisturbed())
+            outcome = b"ok"
+        except (OSError, ValueError) as error:
+            outcome = importing.failure(error)
+        except service.Stopped as error:
+            stopped, outcome = error, importing.failure(error)
+        quiet.enter_context(service.undisturbed())
+        reply = service.whole(path, request.head(END) + outcome)
+        if stopped is None:
+            service.write(reply)
     if stopped is not None:
         raise stopped
-    service.write(reply)
     return 0 if reply else 1
 
 
