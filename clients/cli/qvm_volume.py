@@ -19,6 +19,7 @@ from typing import IO
 from clients.admin import AdminClient, importing, wire
 from clients.admin.paths import QREXEC_CLIENT
 from clients.cli import tool
+from clients.cli.rpc import service
 
 SETTABLE = ("rw", "revisions_to_keep", "ephemeral")
 
@@ -228,15 +229,18 @@ def _into_path(
 ) -> None:
     announced = str(size).encode() if resize else b""
     answer = internal.text("internal.vm.volume.ImportBegin", qube, volume, announced)
-    try:
-        number, _, path = answer.partition(" ")
-        importing.copy_data(source, Path(path), int(number), _shown(bar))
-    except BaseException as error:
-        with contextlib.suppress(*tool.FAILURES):
-            # Its answer is an exception that repeats the reason; ours says more.
-            internal.call("internal.vm.volume.ImportEnd", qube, volume, importing.failure(error))
-        raise
-    internal.call("internal.vm.volume.ImportEnd", qube, volume, b"ok")
+    hold = service.frame_head("bulkhead.vm.volume.ImportHold", volume, "dom0", qube)
+    end = "internal.vm.volume.ImportEnd"
+    with service.hold(Path(str(internal.path)), hold):
+        try:
+            number, _, path = answer.partition(" ")
+            importing.copy_data(source, Path(path), int(number), _shown(bar))
+        except BaseException as error:
+            with contextlib.suppress(*tool.FAILURES):
+                # Its answer is an exception that repeats the reason; ours says more.
+                internal.call(end, qube, volume, importing.failure(error))
+            raise
+        internal.call(end, qube, volume, b"ok")
 
 
 def _shown(bar: tool.Bar) -> importing.Progress:

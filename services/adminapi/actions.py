@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import secrets
 import time
 
@@ -54,6 +55,8 @@ from services.adminapi.core.reads import (
     qube_record,
 )
 from services.adminapi.host_suspend import HostSuspend
+
+log = logging.getLogger("bulkhead.adminapi")
 
 # A disposable may have to be started before it is handed out.
 DISPOSABLE_S = 300.0
@@ -252,11 +255,13 @@ class Actions:
         volume = request.dest.volume(request.arg)
         if volume is None:
             raise Refusal("PROTOCOL", f"{request.dest.name} has no volume {request.arg}")
-        if self._waiting_import(request) is not None:
+        waiting = self._find_import(request)
+        if waiting is not None:
             # It would wait behind the other one, for as long as that one's writer likes.
             raise Refusal(
                 "VOLUME_REFUSED",
-                f"an import into {request.arg} of {request.dest.name} waits for its data",
+                f"an import into {request.arg} of {request.dest.name} ({waiting.id}) waits for its"
+                " data; let it end or cancel it, then try again",
                 qube=request.dest.name,
             )
         resize = bool(request.untrusted_payload)
@@ -271,7 +276,7 @@ class Actions:
             raise WireRefusal("UNEXPECTED", f"operation {operation.id} gave no usable path")
         return f"{operation.data.get('size', size)} {path}"
 
-    def _waiting_import(self, request: Checked) -> Operation | None:
+    def _find_import(self, request: Checked) -> Operation | None:
         for operation in self._backend.view.operations_on(request.dest.uuid):
             spec = operation.spec
             if (
@@ -282,32 +287,52 @@ class Actions:
                 return operation
         return None
 
-    async def import_end(self, request: Checked) -> str:
-        """`ok` keeps the data, `fail\\nREASON` discards them."""
+    def waiting_import(self, request: Checked) -> Operation:
+        """The import into a volume that waits for data. Refusals PROTOCOL, IMPORT_NOT_RUNNING."""
         if request.dest.volume(request.arg) is None:
             raise Refusal("PROTOCOL", f"{request.dest.name} has no volume {request.arg}")
-        word, _, untrusted_reason = ascii_text(request.untrusted_payload).partition("\n")
-        if word not in ("ok", "fail"):
-            raise Refusal("PROTOCOL", "the payload of ImportEnd is ok or fail and a reason")
-        operation = self._waiting_import(request)
+        operation = self._find_import(request)
         if operation is None:
             raise WireRefusal(
                 "IMPORT_NOT_RUNNING",
                 f"no import of {request.arg} of {request.dest.name} waits for data",
                 qube=request.dest.name,
             )
+        return operation
+
+    async def give_up_import(self, request: Checked, operation_id: str) -> None:
+        """End an import as failed whose writer is gone, unless it has ended."""
+        operation = self._find_import(request)
+        if operation is None or operation.id != operation_id:
+            return
         try:
-            await self._backend.call(
-                "Lifecycle.FinishImport",
-                lifecycle_pb2.FinishImportRequest(
-                    operation_id=operation.id,
-                    success=word == "ok",
-                    untrusted_reason=untrusted_reason.strip(),
-                ),
-                lifecycle_pb2.FinishImportReply,
-                source=request.source.name,
-                timeout=IMPORT_END_S,
-            )
+            await self._finish_import(request, operation_id, "", "who brought the data is gone")
+        except (Refusal, WireRefusal, BusError) as error:
+            log.warning("import %s still waits for its data: %s", operation_id, error)
+
+    async def _finish_import(
+        self, request: Checked, operation_id: str, word: str, untrusted_reason: str
+    ) -> None:
+        await self._backend.call(
+            "Lifecycle.FinishImport",
+            lifecycle_pb2.FinishImportRequest(
+                operation_id=operation_id,
+                success=word == "ok",
+                untrusted_reason=untrusted_reason.strip(),
+            ),
+            lifecycle_pb2.FinishImportReply,
+            source=request.source.name,
+            timeout=IMPORT_END_S,
+        )
+
+    async def import_end(self, request: Checked) -> str:
+        """`ok` keeps the data, `fail\\nREASON` discards them."""
+        word, _, untrusted_reason = ascii_text(request.untrusted_payload).partition("\n")
+        if word not in ("ok", "fail"):
+            raise Refusal("PROTOCOL", "the payload of ImportEnd is ok or fail and a reason")
+        operation = self.waiting_import(request)
+        try:
+            await self._finish_import(request, operation.id, word, untrusted_reason)
         except WireRefusal as refusal:
             if refusal.reason != "OUTCOME_UNKNOWN":
                 raise  # the end of a long commit is seen in the stream below

@@ -139,6 +139,8 @@ class AdminApi:
         # The host has been known, or was waited for in vain.
         self._host_settled = asyncio.Event()
         self._watches: dict[Peer, Checked] = {}
+        # Who brings data -> the import that waits for them.
+        self._holds: dict[Peer, str] = {}
         self._stats: dict[Peer, Checked] = {}
         self._sampler: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -441,6 +443,8 @@ class AdminApi:
                     self._open_resumable(request, peer)
                 case "stats":
                     self._open_stats(request, peer)
+                case "import_hold":
+                    self._open_hold(request, peer)
                 case _:
                     self._open_watch(request, peer)
         except (Refusal, WireRefusal) as error:
@@ -467,6 +471,22 @@ class AdminApi:
         )
         peer.on_gone = lambda: self._streams.close(stream.number)
         peer.begin_stream()
+
+    # ---- bulkhead.vm.volume.ImportHold
+
+    def _open_hold(self, request: Checked, peer: Peer) -> None:
+        operation = self._actions.waiting_import(request)
+        self._holds[peer] = operation.id
+        peer.on_gone = lambda: self._let_go(request, peer)
+        peer.push(CONNECTION_ESTABLISHED)
+        peer.begin_stream()
+
+    def _let_go(self, request: Checked, peer: Peer) -> None:
+        """Who brings an import's data is gone. Ours are closed for other reasons, too: none
+        is in the table by then."""
+        operation_id = self._holds.pop(peer, "")
+        if operation_id:
+            self._spawn(self._actions.give_up_import(request, operation_id))
 
     # ---- bulkhead.op.Watch
 
@@ -590,6 +610,7 @@ class AdminApi:
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._holds.clear()  # whoever brings data ends the import with our successor
         last = format_exception("QubesException", "the service stops; subscribe anew")
         self._streams.end_all(last)
         for peer in (*self._watches, *self._stats, *(peer for _, peer in self._held)):

@@ -20,6 +20,7 @@ _STREAMS = {
     "events": "Every event that concerns the destination, connection-established first.",
     "events_resumable": "As admin.Events, with the position behind each event; from a position on.",
     "stats": "A vm-stats event per running qube and stats_interval.",
+    "import_hold": "A stream without events; closed before ImportEnd it ends the import as failed.",
     "op_watch": "bulkhead-operation at each move of an operation; with its id, up to its end.",
 }
 _HEAD = """# The Admin API

@@ -59,6 +59,8 @@ class AdminDaemon:
         self.path = path
         self.answers = answers
         self.calls: list[Call] = []
+        # Methods that are answered without being remembered.
+        self.aside: frozenset[str] = frozenset()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._thread = threading.Thread(target=self._serve, daemon=True)
 
@@ -113,7 +115,8 @@ class AdminDaemon:
             return
         method, _, arg = words[0].partition("+")
         call = Call(method, words[3], arg, payload, words[1])
-        self.calls.append(call)
+        if call.method not in self.aside:
+            self.calls.append(call)
         try:
             peer.sendall(self._reply(call))
         except (BrokenPipeError, ConnectionResetError):

@@ -8,8 +8,12 @@ reads and writes through the strict client alone.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import subprocess
+import sys
+import termios
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -586,10 +590,40 @@ class Tools:
         self, qube: str, volume: str, data: bytes, *, size: int | None = None, resize: bool = True
     ) -> None:
         """qvm-volume import [--no-resize]: the client runs the service's executable itself."""
-        method = "admin.vm.volume.ImportWithSize" if resize else "admin.vm.volume.Import"
         head = f"{len(data) if size is None else size}\n".encode() if resize else b""
+        with self._script(qube, volume, resize=resize) as script:
+            said, errors = script.communicate(head + data, timeout=60)
+        try:
+            text = self.api.read(said)
+        except AccessError as error:
+            raise AssertionError(f"nothing on stdout; on stderr {errors!r}") from error
+        if text:
+            raise AssertionError(f"an import has no result: {said!r}")
+
+    def open_import(self, qube: str, volume: str, begin: bytes) -> subprocess.Popen[bytes]:
+        """An import under way: its size line and first data are read, the rest is to come."""
+        script = self._script(qube, volume, resize=True)
+        assert script.stdin is not None
+        script.stdin.write(begin)
+        script.stdin.flush()
+        deadline = time.monotonic() + 30
+        while self._unread(script):
+            if time.monotonic() > deadline:
+                raise AssertionError("the script does not read on")
+            time.sleep(0.01)
+        return script
+
+    @staticmethod
+    def _unread(script: subprocess.Popen[bytes]) -> int:
+        assert script.stdin is not None
+        return int.from_bytes(
+            fcntl.ioctl(script.stdin.fileno(), termios.FIONREAD, bytes(4)), sys.byteorder
+        )
+
+    def _script(self, qube: str, volume: str, *, resize: bool) -> subprocess.Popen[bytes]:
+        method = "admin.vm.volume.ImportWithSize" if resize else "admin.vm.volume.Import"
         self.api.calls.append(f"{method}+{volume} {qube}")
-        done = subprocess.run(
+        return subprocess.Popen(
             [
                 "env",
                 "QREXEC_REMOTE_DOMAIN=dom0",
@@ -597,18 +631,11 @@ class Tools:
                 str(self._rpc / method),
                 volume,
             ],
-            input=head + data,
-            capture_output=True,
-            check=False,
-            timeout=60,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             env={**os.environ, **self._environment},
         )
-        try:
-            text = self.api.read(done.stdout)
-        except AccessError as error:
-            raise AssertionError(f"nothing on stdout: {done}") from error
-        if text:
-            raise AssertionError(f"an import has no result: {done}")
 
     def volume_import(self, qube: str, volume: str, data: bytes, *, resize: bool = True) -> None:
         """qvm-volume import."""

@@ -773,6 +773,54 @@ def test_volumes(world: World, api: StrictClient, tools: Tools, events: Stream) 
     assert tools.remove("vol", "vol2") == []
 
 
+def test_an_import_whose_script_is_killed_is_over(
+    world: World, api: StrictClient, tools: Tools, events: Stream
+) -> None:
+    tools.create("cut")
+    tools.import_stream("cut", "private", b"before" + bytes(MIB))
+    world.fence(events)
+    with tools.open_import("cut", "private", b"4096\nabc") as first:
+        with pytest.raises(QubesException, match="waits for its data"):
+            tools.import_stream("cut", "private", b"second")
+        first.kill()
+    # Nobody has to know of it: the next one does as if nothing had been.
+    begun = "domain-volume-import-begin", "domain-volume-import-end"
+    seen = events.until(lambda event: event.name == begun[1])
+    assert about(seen, "cut") == list(begun)
+    assert seen[-1].values["success"] == "False"
+    assert world.read("cut", "private", 6) == b"before"
+    tools.import_stream("cut", "private", b"after!" + bytes(MIB))
+    assert world.read("cut", "private", 6) == b"after!"
+    assert tools.remove("cut") == []
+
+
+def test_an_import_goes_on_while_services_start_again(
+    world: World, api: StrictClient, tools: Tools
+) -> None:
+    tools.create("long")
+    for service in ("adminapi", "lifecycle"):
+        data = service.encode() + bytes(MIB)
+        script = tools.open_import("long", "private", f"{len(data)}\n".encode() + data[:5])
+        old = world.instance.kill(service)
+        world.instance.wait_restarted(service, old)
+        world.instance.until(lambda: _held(api, "long"), 30, "it still waits for its data")
+        with script:
+            said, _ = script.communicate(data[5:], timeout=60)
+        assert api.read(said) == ""
+        assert world.read("long", "private", len(service)) == service.encode()
+    assert tools.remove("long") == []
+
+
+def _held(api: StrictClient, qube: str) -> bool:
+    try:
+        api.do("admin.vm.Start", qube)
+    except QubesException as error:
+        return "waits for data" in str(error)
+    except AccessError:
+        pass
+    return False
+
+
 def test_pools(world: World, api: StrictClient, tools: Tools, events: Stream) -> None:
     drivers = api.drivers()
     assert set(drivers) >= {"file", "file-reflink", "linux-kernel", "lvm_thin"}

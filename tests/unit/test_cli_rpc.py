@@ -19,6 +19,7 @@ from tests.fakes.admin_daemon import AdminDaemon, Call, Raw, Refused
 
 BEGIN = "internal.vm.volume.ImportBegin"
 END = "internal.vm.volume.ImportEnd"
+HOLD = "bulkhead.vm.volume.ImportHold"
 TARGET = {
     "QREXEC_REMOTE_DOMAIN": "mgmt",
     "QREXEC_REQUESTED_TARGET": "work",
@@ -39,6 +40,7 @@ class Host:
         self.internal = AdminDaemon(
             root / "run/qubesd.internal.sock", {BEGIN: self._begin, END: "ended"}
         )
+        self.internal.aside = frozenset({HOLD})
         self.misc = AdminDaemon(root / "run/qubesd.misc.sock", {})
 
     def _begin(self, call: Call) -> str:
@@ -96,6 +98,16 @@ def test_an_import_with_size(host: Host) -> None:
     begin, end = host.internal.calls
     assert begin == Call(BEGIN, "work", "private", str(len(data)).encode(), "mgmt")
     assert end == Call(END, "work", "private", b"ok", "mgmt")
+
+
+def test_who_brings_the_data_holds_on_until_the_end(host: Host) -> None:
+    host.internal.aside = frozenset()
+    done = host.run("admin.vm.volume.ImportWithSize", "private", given=b"3\nabc")
+    # The service does not know the call here: it is done without.
+    assert (done.returncode, done.stdout) == (0, b"0\0ended")
+    begin, hold, end = host.internal.calls
+    assert (begin.method, end.method) == (BEGIN, END)
+    assert hold == Call(HOLD, "work", "private", b"", "mgmt")
 
 
 def test_an_import_without_size_as_the_tools_of_dom0_run_it(host: Host) -> None:

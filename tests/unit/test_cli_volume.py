@@ -20,6 +20,7 @@ from tests.fakes.admin_daemon import AdminDaemon, Call, Refused
 
 BEGIN = "internal.vm.volume.ImportBegin"
 END = "internal.vm.volume.ImportEnd"
+HOLD = "bulkhead.vm.volume.ImportHold"
 INFO = (
     "pool=p\nvid=appvms/work/private\nsize=1048576\nusage=4096\nrw=True\nsource=\n"
     "save_on_stop=True\nsnap_on_start=False\nrevisions_to_keep=1\nephemeral=False\n"
@@ -50,6 +51,7 @@ class Host:
         self.internal = AdminDaemon(
             directory / "qubesd.internal.sock", {BEGIN: self._begin, END: ""}
         )
+        self.internal.aside = frozenset({HOLD})
 
     def _begin(self, call: Call) -> str:
         size = int(call.payload or 1 << 20)

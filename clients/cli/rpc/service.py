@@ -8,6 +8,7 @@ Which instance: --root DIR before the argument, else $BULKHEAD_ROOT, else this m
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -21,6 +22,8 @@ from typing import NoReturn
 from clients.admin.paths import socket_path
 
 CHUNK = 65536
+# Seconds until a service that does not answer a hold() is done without.
+HOLD_S = 5.0
 _UNUSABLE = 1
 
 
@@ -109,6 +112,20 @@ def exchange(path: Path, frame: bytes) -> Iterator[bytes]:
 def whole(path: Path, frame: bytes) -> bytes:
     """As exchange(), in one piece."""
     return b"".join(exchange(path, frame))
+
+
+@contextmanager
+def hold(path: Path, frame: bytes) -> Iterator[None]:
+    """Inside, a connection that tells the service when this process has gone. A service that
+    serves no such call does without."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+        peer.settimeout(HOLD_S)
+        with contextlib.suppress(OSError):
+            peer.connect(str(path))
+            peer.sendall(frame)
+            peer.shutdown(socket.SHUT_WR)
+            peer.recv(CHUNK)  # from here on it knows
+        yield
 
 
 def write(data: bytes) -> None:

@@ -19,6 +19,7 @@ from clients.admin import importing
 from clients.cli.rpc import service
 
 BEGIN = "internal.vm.volume.ImportBegin"
+HOLD = "bulkhead.vm.volume.ImportHold"
 END = "internal.vm.volume.ImportEnd"
 # Bytes of the first line, its end included.
 SIZE_LIMIT = 21
@@ -81,6 +82,7 @@ def _import(request: service.Request, path: Path, announced: bytes) -> int:
         try:
             # Who stopped us meanwhile does so here, where what was begun gets ended.
             quiet.close()
+            quiet.enter_context(service.hold(path, request.head(HOLD)))
             number, _, target = answer[2:].decode().partition(" ")
             with open(0, "rb", buffering=0, closefd=False) as source:
                 importing.copy_data(source, Path(target), int(number))

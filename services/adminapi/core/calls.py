@@ -40,7 +40,9 @@ class Call:
     @property
     def stream(self) -> bool:
         """The reply is a stream of events instead of one message."""
-        return self.handler in ("events", "events_resumable", "stats", "op_watch")
+        return self.handler in (
+            "events", "events_resumable", "stats", "op_watch", "import_hold",
+        )  # fmt: skip
 
 
 # name  socket  dest  arg  payload  effect  scope  handler; {class} and {device} are written out
@@ -152,6 +154,7 @@ admin.vm.Console                         admin * - - rwx local  console
 internal.GetSystemInfo                   internal 0 - - ro  - get_system_info
 internal.vm.volume.ImportBegin           internal * ! ? rwx - import_begin
 internal.vm.volume.ImportEnd             internal * ! ! rwx - import_end
+bulkhead.vm.volume.ImportHold            internal * ! - rwx - import_hold
 internal.SuspendPre                      internal 0 - - rwx - suspend_pre
 internal.SuspendPost                     internal 0 - - rwx - suspend_post
 
