@@ -406,14 +406,12 @@ class Follower:
     def __init__(self, api: StrictClient, stream: Stream) -> None:
         self._api = api
         self._stream = stream
-        self._fences = 0
         assert stream.next().name == "connection-established"
         self.kept = Kept(api)
 
     def catch_up(self) -> None:
         """Take every event that was sent before now."""
-        self._fences += 1
-        fence = f"fence-{self._fences}"
+        fence = f"fence-{time.monotonic_ns()}"
         for verb, event in (("Set", "add"), ("Remove", "delete")):
             self._api.do(f"admin.vm.tag.{verb}", "dom0", fence)
             name = f"domain-tag-{event}:{fence}"
