@@ -68,7 +68,8 @@ SILENT: dict[str, frozenset[str]] = {
     "management_dispvm": frozenset({"management_dispvm"}),
     "maxmem": frozenset({"maxmem"}),
     "memory": frozenset({"maxmem"}),
-    "virt_mode": frozenset({"virt_mode", "maxmem"}),
+    # 4.4 looks for a stub domain by what is set, not by what runs.
+    "virt_mode": frozenset({"virt_mode", "maxmem", "stubdom_uuid", "stubdom_xid"}),
     "boot-mode.appvm-default": frozenset({"appvm_default_bootmode", "bootmode"}),
     "boot-mode.kernelopts.foo": frozenset({"bootmode"}),
     "ipv6": NETWORK,
