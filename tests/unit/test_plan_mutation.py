@@ -24,6 +24,7 @@ from bulkhead.model.specs import (
     CreateLabel,
     CreateSpec,
     DenyDevices,
+    KillSpec,
     PauseSpec,
     PreloadMarks,
     RemoveFeature,
@@ -38,6 +39,8 @@ from bulkhead.model.specs import (
     SetProperty,
     SetTag,
     SetVolume,
+    StartSpec,
+    StoppedSpec,
     UnassignDevice,
     UnpauseSpec,
 )
@@ -398,6 +401,31 @@ def test_paused_qube_gets_its_netvm_when_it_runs_again(w: World) -> None:
     ]
     assert pairs(ended.events[1])["oldvalue"] == "sys-net"
     assert [o.kind for o in w.view.operations_on(w.qube("work").uuid)] == ["APPLY"]
+
+
+def test_a_netvm_that_was_off_when_the_qube_went_on_gets_it_when_it_starts(w: World) -> None:
+    w.start("sys-net")
+    w.start("work")
+    w.run(PauseSpec("work"))
+    w.power("work", "paused")
+    for netvm in ("", "sys-net"):
+        w.set("work", "netvm", netvm)
+    w.run(KillSpec("sys-net"))
+    w.run(StoppedSpec(w.qube("sys-net").uuid, w.qube("sys-net").run.boot_id))
+    w.run(UnpauseSpec("work"))
+    w.power("work", "running")
+    assert "deferred-netvm-original" in w.qube("work").features
+    begun = w.begin(StartSpec("sys-net"))
+    ended = w.end(begun.operation)
+    assert names(ended.events) == [
+        "sys-net:domain-start",
+        "work:property-pre-set:netvm",
+        "sys-net:net-domain-connect",
+        "work:property-set:netvm",
+        "work:domain-feature-pre-delete:deferred-netvm-original",
+        "work:domain-feature-delete:deferred-netvm-original",
+    ]
+    assert "deferred-netvm-original" not in w.qube("work").features
 
 
 def test_address_reaches_gateways_of_clients(w: World) -> None:

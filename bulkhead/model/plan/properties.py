@@ -302,7 +302,8 @@ def apply_deferred_netvm(draft: Draft, qube: Qube) -> None:
     old: Value = original if original and view.qube(original) is not None else None
     new = evaluate(view, qube, "netvm")
     netvm = view.qube(str(new)) if new else None
-    if netvm is not None and not is_running(view, netvm):
+    # As this plan has it: it may be its start that ends here.
+    if netvm is not None and not is_running(view, draft.qube(netvm.uuid)):
         return
     draft.emit(events.property_pre_set(qube, "netvm", new, old))
     if netvm is not None:

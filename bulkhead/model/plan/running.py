@@ -198,10 +198,12 @@ def _was_spawned(view: View, operation: Operation, qube: Qube) -> bool:
 
 
 def _connect_clients(draft: Draft, netvm: Qube) -> None:
-    """Running clients get their interface back; paused ones wait."""
+    """Running clients get their interface back, and what they could not get while this
+    was off; paused ones wait."""
     for client in by_name(clients_of(draft.view, netvm)):
         if client.run.phase is Phase.UP and power_state(draft.view, client) != "Paused":
             draft.live(draft.qube(client.uuid))
+            apply_deferred_netvm(draft, client)
 
 
 def halt(draft: Draft, qube: Qube) -> Qube:
