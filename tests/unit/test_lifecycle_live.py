@@ -1,4 +1,4 @@
-"""What a change of a running qube asks of the hypervisor's service, and what it leaves alone."""
+"""What is brought to a running qube: its rules in a guest netvm, and a stop that overtakes it."""
 
 from __future__ import annotations
 
@@ -9,97 +9,164 @@ from typing import Any
 
 import pytest
 
+from bulkhead.api import domains_pb2, firewall_pb2
 from bulkhead.bus.errors import BusError
-from bulkhead.model.records import FactPut, Operation, OperationState
+from bulkhead.model.records import (
+    FactPut,
+    HostFact,
+    OperationPut,
+    OperationState,
+    Phase,
+    Run,
+    WireEvent,
+)
+from bulkhead.model.refusal import Refusal
 from bulkhead.model.specs import ApplySpec
-from services.lifecycle.executor import StepContext
 from services.lifecycle.steps.live import Apply
+from services.registry.core import works
+from services.registry.core.group import Numbers
 from tests.unit.plan_world import World, world
-
-
-class Domains:
-    """Every call that is made, in order; one of them may be refused."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, Any]] = []
-        self.refuses: dict[str, BusError] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        async def call(request: Any, **_: object) -> Any:
-            self.calls.append((name, request))
-            if name in self.refuses:
-                raise self.refuses[name]
-            return SimpleNamespace(untrusted_keys=[])
-
-        return call
-
-    def of(self, name: str) -> list[Any]:
-        return [request for called, request in self.calls if called == name]
-
-
-class Firewall(Domains):
-    async def apply(self, request: Any, **_: object) -> Any:
-        self.calls.append(("apply", request))
-        return SimpleNamespace(guest_keys=[])
 
 
 @pytest.fixture
 def w() -> World:
     made = world()
-    host = made.view.host
-    assert host is not None
-    made.view.apply(FactPut(replace(host, hypervisor="xen")))
     made.start("sys-net")
     made.start("work")
     return made
 
 
-def applied(w: World, domains: Domains, qube: str = "work") -> None:
-    record = w.qube(qube)
-    spec = ApplySpec(record.uuid, record.run.boot_id)
-    operation = Operation("op", "APPLY", spec, (record.uuid,), OperationState.RUNNING)
-    participants: Any = SimpleNamespace(domains=domains, firewall=Firewall(), hostd=None)
-    executor: Any = SimpleNamespace(replica=SimpleNamespace(view=w.view))
-    context = StepContext(operation, "apply", participants, 1, executor)
-    asyncio.run(Apply().forward(context))
+# ---- which rules need bringing
 
 
-def test_the_maximum_of_memory_that_can_grow_is_told_and_nothing_is_taken(w: World) -> None:
-    domains = Domains()
-    applied(w, domains)
-    assert domains.of("set_maxmem") == []
-    w.feature("tmpl", "memory-hotplug")
-    w.set("work", "maxmem", "3000")
-    applied(w, domains)
-    (request,) = domains.of("set_maxmem")
-    assert request.maxmem_mib == 3000
-    assert not hasattr(request, "memory_mib")
-
-
-def test_a_host_that_cannot_add_memory_keeps_nothing_else_from_the_guest(w: World) -> None:
-    domains = Domains()
-    domains.refuses["set_maxmem"] = BusError("UNIMPLEMENTED", "HYPERVISOR_UNSUPPORTED", "no")
-    w.feature("tmpl", "memory-hotplug")
-    w.feature("work", "service.x")
-    applied(w, domains)
-    assert any(
-        key.path == "/qubes-service/x" for r in domains.of("write_guest_keys") for key in r.keys
+def announced(w: World, qube: str, *names: str, digest: str | None = None) -> tuple[str, ...]:
+    """What the firewall's announcement about the qube puts: kinds of records."""
+    uuid = w.qube(qube).uuid
+    ids = iter(f"new-{number}" for number in range(9))
+    work = works.Announce(
+        "firewall",
+        uuid,
+        "",
+        tuple(WireEvent("", name, subject_uuid=uuid) for name in names),
+        digest,
+        w.time,
+        works.Outside(lambda: next(ids), lambda limit: 0),
     )
-    domains.refuses["set_maxmem"] = BusError("UNAVAILABLE", "HYPERVISOR_TIMEOUT", "late")
+    before = dict(w.view.operations)
+    planned = work.plan(w.view, Numbers())
+    assert w.view.operations == before
+    assert [event.subject for event in planned.events] == [qube] * len(names)
+    assert planned.durable is bool(planned.changes)
+    return tuple(type(change).__name__ for change in planned.changes)
+
+
+CHANGED = "firewall-changed"
+
+
+def test_new_rules_of_a_running_client_begin_an_apply(w: World) -> None:
+    assert announced(w, "work", CHANGED, digest="ab") == ("QubePut", "OperationPut")
+    # The same rules, or Reload: the guest is to read them again all the same.
+    assert announced(w, "work", CHANGED) == ("OperationPut",)
+    assert announced(w, "work", CHANGED, digest=w.qube("work").rules_digest) == ("OperationPut",)
+    # A digest that is only told anew changes nothing for the guest.
+    assert announced(w, "work", digest="ab") == ("QubePut",)
+
+
+def test_rules_that_no_guest_reads_begin_nothing(w: World) -> None:
+    assert announced(w, "vault", CHANGED, digest="ab") == ("QubePut",)  # halted
+    w.start("alone")
+    assert announced(w, "alone", CHANGED) == ()  # no netvm
+    w.view.apply(FactPut(HostFact("kvm", memory_kib=1 << 24, cpus=4)))
+    assert announced(w, "work", CHANGED) == ()  # a namespace: the firewall's own work
+
+
+def test_a_change_during_a_start_waits_for_its_end(w: World) -> None:
+    record = w.qube("work")
+    w.patch("work", run=replace(record.run, phase=Phase.STARTING))
+    assert announced(w, "work", CHANGED) == ("OperationPut",)
+
+
+def test_a_full_queue_refuses_the_announcement_so_that_it_comes_again(w: World) -> None:
+    begun = w.begin(ApplySpec(w.qube("work").uuid, w.qube("work").run.boot_id)).operation
+    for number in range(8):
+        waits = replace(begun, id=f"w{number}", kind="RESIZE", state=OperationState.QUEUED)
+        w.view.apply(OperationPut(waits))
+    with pytest.raises(Refusal) as refused:
+        announced(w, "work", CHANGED, digest="ab")
+    assert refused.value.reason == "QUBE_BUSY"
+    assert w.qube("work").rules_digest == ""
+
+
+# ---- the step
+
+
+class Guests:
+    """firewall and domains; on apply() the qube becomes what `then` says."""
+
+    def __init__(self, w: World, then: Run | None = None, fails: bool = False) -> None:
+        self.calls: list[str] = []
+        self._w, self._then, self._fails = w, then, fails
+
+    async def apply(self, request: Any, **_: object) -> firewall_pb2.ApplyReply:
+        self.calls.append(f"apply {request.target.boot_id}")
+        if self._then is not None:
+            self._w.patch("work", run=self._then)
+        return firewall_pb2.ApplyReply(guest_keys=["/qubes-firewall/10.137.0.4/policy=drop"])
+
+    async def withdraw(self, request: Any, **_: object) -> None:
+        self.calls.append(f"withdraw {request.boot_id}")
+
+    async def write_guest_keys(self, request: Any, **_: object) -> None:
+        if self._fails:
+            raise BusError("NOT_FOUND", "DOMAIN_NOT_FOUND", "it is gone")
+        self.calls += ["rules" for key in request.keys if key.path.endswith("/policy")]
+
+    async def read_guest_keys(self, request: Any, **_: object) -> domains_pb2.ReadGuestKeysReply:
+        return domains_pb2.ReadGuestKeysReply()
+
+    async def detach_interface(self, request: Any, **_: object) -> None:
+        self.calls.append("detach")
+
+    async def attach_interface(self, request: Any, **_: object) -> None:
+        self.calls.append("attach")
+
+
+def apply(w: World, guests: Guests) -> list[str]:
+    record = w.qube("work")
+    spec = ApplySpec(record.uuid, record.run.boot_id)
+    context: Any = SimpleNamespace(
+        view=w.view,
+        participants=SimpleNamespace(firewall=guests, domains=guests, hostd=None),
+        operation=SimpleNamespace(
+            spec=spec, subjects=(record.uuid,), data={"boot_id": record.run.boot_id}
+        ),
+        call=lambda name="": name or "step",
+    )
+    asyncio.run(Apply().forward(context))
+    return guests.calls
+
+
+def test_rules_are_there_also_while_the_client_sleeps(w: World) -> None:
+    boot = w.qube("work").run.boot_id
+    assert apply(w, Guests(w)) == [f"apply {boot}", "rules", "attach"]
+    w.power("work", "paused")
+    assert apply(w, Guests(w)) == [f"apply {boot}", "rules"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("phase", [Phase.STOPPING, Phase.HALTED])
+def test_a_stop_that_overtakes_it_leaves_no_rules_in_force(
+    w: World, phase: Phase, fails: bool
+) -> None:
+    run = w.qube("work").run
+    boot = run.boot_id
+    guests = Guests(w, Run(phase, boot if phase is Phase.STOPPING else ""), fails)
+    assert [call for call in apply(w, guests) if " " in call] == [
+        f"apply {boot}",
+        f"withdraw {boot}",
+    ]
+
+
+def test_a_failure_of_a_qube_that_still_runs_is_told(w: World) -> None:
     with pytest.raises(BusError):
-        applied(w, domains)
-
-
-def test_the_guests_seed_and_lists_are_not_written_again(w: World) -> None:
-    domains = Domains()
-    applied(w, domains)
-    (own,) = [r for r in domains.of("write_guest_keys") if r.boot.uuid == w.qube("work").uuid]
-    paths = {key.path for key in own.keys}
-    assert {"/name", "/default-user", "/qubes-debug-mode", "/qubes-ip"} <= paths
-    assert not paths & {
-        "/qubes-random-seed",
-        "/qubes-block-devices",
-        "/qubes-usb-devices",
-        "/qubes-iptables-error",
-        "/qubes-vm-type",
-    }
+        apply(w, Guests(w, fails=True))

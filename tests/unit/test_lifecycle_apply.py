@@ -1,0 +1,105 @@
+"""What a change of a running qube asks of the hypervisor's service, and what it leaves alone."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from bulkhead.bus.errors import BusError
+from bulkhead.model.records import FactPut, Operation, OperationState
+from bulkhead.model.specs import ApplySpec
+from services.lifecycle.executor import StepContext
+from services.lifecycle.steps.live import Apply
+from tests.unit.plan_world import World, world
+
+
+class Domains:
+    """Every call that is made, in order; one of them may be refused."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+        self.refuses: dict[str, BusError] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        async def call(request: Any, **_: object) -> Any:
+            self.calls.append((name, request))
+            if name in self.refuses:
+                raise self.refuses[name]
+            return SimpleNamespace(untrusted_keys=[])
+
+        return call
+
+    def of(self, name: str) -> list[Any]:
+        return [request for called, request in self.calls if called == name]
+
+
+class Firewall(Domains):
+    async def apply(self, request: Any, **_: object) -> Any:
+        self.calls.append(("apply", request))
+        return SimpleNamespace(guest_keys=[])
+
+
+@pytest.fixture
+def w() -> World:
+    made = world()
+    host = made.view.host
+    assert host is not None
+    made.view.apply(FactPut(replace(host, hypervisor="xen")))
+    made.start("sys-net")
+    made.start("work")
+    return made
+
+
+def applied(w: World, domains: Domains, qube: str = "work") -> None:
+    record = w.qube(qube)
+    spec = ApplySpec(record.uuid, record.run.boot_id)
+    operation = Operation("op", "APPLY", spec, (record.uuid,), OperationState.RUNNING)
+    participants: Any = SimpleNamespace(domains=domains, firewall=Firewall(), hostd=None)
+    executor: Any = SimpleNamespace(replica=SimpleNamespace(view=w.view))
+    context = StepContext(operation, "apply", participants, 1, executor)
+    asyncio.run(Apply().forward(context))
+
+
+def test_the_maximum_of_memory_that_can_grow_is_told_and_nothing_is_taken(w: World) -> None:
+    domains = Domains()
+    applied(w, domains)
+    assert domains.of("set_maxmem") == []
+    w.feature("tmpl", "memory-hotplug")
+    w.set("work", "maxmem", "3000")
+    applied(w, domains)
+    (request,) = domains.of("set_maxmem")
+    assert request.maxmem_mib == 3000
+    assert not hasattr(request, "memory_mib")
+
+
+def test_a_host_that_cannot_add_memory_keeps_nothing_else_from_the_guest(w: World) -> None:
+    domains = Domains()
+    domains.refuses["set_maxmem"] = BusError("UNIMPLEMENTED", "HYPERVISOR_UNSUPPORTED", "no")
+    w.feature("tmpl", "memory-hotplug")
+    w.feature("work", "service.x")
+    applied(w, domains)
+    assert any(
+        key.path == "/qubes-service/x" for r in domains.of("write_guest_keys") for key in r.keys
+    )
+    domains.refuses["set_maxmem"] = BusError("UNAVAILABLE", "HYPERVISOR_TIMEOUT", "late")
+    with pytest.raises(BusError):
+        applied(w, domains)
+
+
+def test_the_guests_seed_and_lists_are_not_written_again(w: World) -> None:
+    domains = Domains()
+    applied(w, domains)
+    (own,) = [r for r in domains.of("write_guest_keys") if r.boot.uuid == w.qube("work").uuid]
+    paths = {key.path for key in own.keys}
+    assert {"/name", "/default-user", "/qubes-debug-mode", "/qubes-ip"} <= paths
+    assert not paths & {
+        "/qubes-random-seed",
+        "/qubes-block-devices",
+        "/qubes-usb-devices",
+        "/qubes-iptables-error",
+        "/qubes-vm-type",
+    }
