@@ -89,11 +89,11 @@ class AuditExporter:
 
     def note(self, record: dict[str, Any]) -> None:
         """Write the record of a call, at once where nobody else writes, else soon (see
-        written()); bounded by source and as a whole."""
+        written()); what is refused is bounded by source, all as a whole."""
         if len(self._queue) >= _QUEUE_LIMIT:
             held = self._bound.held_back
             held["*"] = held.get("*", 0) + 1
-        elif self._bound.admit(str(record["source"]), time.monotonic()):
+        elif record["kind"] == "call" or self._bound.admit(str(record["source"]), time.monotonic()):
             self._queue.append({"time": time.time(), **record})
             self._drain()
         self._wake.set()

@@ -191,6 +191,26 @@ def test_refused_calls_cannot_fill_the_disk() -> None:
     assert bound.take_held_back() == {}
 
 
+def test_what_succeeded_and_what_dom0_tried_is_told_whole(tmp_path: Path) -> None:
+    async def scene() -> None:
+        replica = SimpleNamespace(subscribe=lambda _: None, revision=0)
+        exporter = AuditExporter(tmp_path, lambda: pytest.fail("asked"), replica)  # type: ignore[arg-type]
+        for number in range(300):
+            exporter.note({"kind": "call", "source": "work", "result": f"work {number}"})
+            exporter.note({"kind": "refused", "source": "dom0", "result": f"dom0 {number}"})
+            exporter.note({"kind": "refused", "source": "work", "result": "again"})
+        await exporter.close()
+
+    asyncio.run(scene())
+    told = [line.record["result"] for line in Reader(tmp_path).read() if line.record]
+    for source in ("work", "dom0"):
+        assert [text for text in told if text.startswith(source)] == [
+            f"{source} {number}" for number in range(300)
+        ]
+    assert int(BURST) <= told.count("again") < 300
+    assert told[-1].endswith("they were too many")
+
+
 def test_since() -> None:
     assert since_time("", 1000.0) == 0.0
     assert since_time("10m", 1000.0) == 400.0
