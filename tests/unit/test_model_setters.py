@@ -411,3 +411,15 @@ def test_a_kernel_cannot_be_judged_before_storage_has_reported(holder: str, name
     assert refusal(world, holder, name, KERNEL).reason == "FACTS_MISSING"
     world.view.apply(FactPut(PoolFact("linux-kernel")))
     assert refusal(world, holder, name, KERNEL).reason == "INVALID_PROPERTY_VALUE"
+
+
+def test_a_label_called_like_an_index() -> None:
+    """A client's "label-3" is the third label; what a store names is the label of that name."""
+    world = world_of_everything()
+    world.put(LabelPut(Label(10, "label-3", "0x010203")))
+    work = world.get("work")
+    row = find_row(work.klass, "label")
+    assert parse_property(world.view, work, row, "label-3") == "yellow"
+    assert parse_property(world.view, work, row, "label-10") == "label-3"
+    assert parse_stored(world.view, work, row, "label-3") == "label-3"
+    assert parse_stored(world.view, work, row, "label-4") == "green"
