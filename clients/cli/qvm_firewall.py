@@ -59,8 +59,13 @@ def parse(line: str) -> Rule:
 
 
 def text(rule: Rule) -> str:
-    """A rule for the daemon."""
-    return " ".join(f"{key}={rule[key]}" for key in ORDER if rule.get(key))
+    """A rule for the daemon.
+
+    An empty host stays: without it the rule would speak of every destination.
+    """
+    return " ".join(
+        f"{key}={rule[key]}" for key in ORDER if rule.get(key) or (key in rule and key in HOSTS)
+    )
 
 
 def typed(words: Sequence[str], now: float) -> Rule:
@@ -92,6 +97,8 @@ def typed(words: Sequence[str], now: float) -> Rule:
 
 def _put(rule: dict[str, str], key: str, value: str, now: float) -> None:
     if key == "host":
+        if not value:
+            raise tool.UsageError("the host is empty; leave it out for every destination")
         key, value = _host(value)
         if not value:
             return
@@ -221,7 +228,7 @@ def _row(number: int, rule: Rule) -> tuple[str, ...]:
     cells: Iterable[str] = (
         str(number),
         rule.get("action", ""),
-        next((rule[key] for key in HOSTS if key in rule), ""),
+        next((rule[key] or '""' for key in HOSTS if key in rule), ""),
         rule.get("proto", ""),
         ports,
         rule.get("specialtarget", ""),

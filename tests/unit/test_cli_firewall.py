@@ -52,6 +52,7 @@ def test_rules_as_typed(words: str, rule: str) -> None:
         ("accept proto=tcp proto=udp", "given twice"),
         ("accept colour=red", "no part of a rule"),
         ("accept expire=+soon", "Unix time"),
+        ("accept dsthost=", "host is empty"),
     ],
 )
 def test_what_is_no_rule(words: str, why: str) -> None:
@@ -65,6 +66,16 @@ _value = st.text(st.sampled_from("abc019./:-"), min_size=1, max_size=8)
 @given(st.dictionaries(st.sampled_from(firewall.ORDER), _value, min_size=1))
 def test_a_rule_survives_being_written_and_read(rule: dict[str, str]) -> None:
     assert firewall.parse(firewall.text(rule)) == rule
+
+
+def test_an_empty_host_is_not_shown_as_every_destination(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = World(tmp_path / "s", "action=accept dsthost=\naction=drop\n")
+    with world.daemon:
+        assert world.run("work", "list") == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[2] for row in rows[-2:]] == ['""', "-"]
 
 
 def test_a_comment_may_have_spaces_and_signs() -> None:
@@ -103,6 +114,12 @@ ONE = "action=accept dst4=10.0.0.1/32 proto=tcp dstports=443-443\n"
         ("action=accept\n", ["add", "drop"], ["action=accept", "action=drop"]),
         ("action=accept\n", ["add", "--before", "0", "drop"], ["action=drop", "action=accept"]),
         ("action=drop\n", ["add", "accept", "a.b"], ["action=accept dsthost=a.b"]),
+        # What speaks of no host must not become one that speaks of all.
+        (
+            "action=accept dsthost=\n",
+            ["add", "drop"],
+            ["action=accept dsthost=", "action=drop"],
+        ),
         (
             "action=drop\n",
             ["add", "--before", "0", "accept", "a.b"],
