@@ -439,7 +439,7 @@ def test_a_netvm_that_was_changed_while_paused_is_plugged_when_it_goes_on(world:
     world.instance.until(
         lambda: [p[1:] for p in world.plugs()] == [("fw", True)], SOON_S, "it is plugged anew"
     )
-    assert world.keys("work")["/qubes-gateway"] == IP["fw"]
+    world.until("work", {"/qubes-gateway": IP["fw"]})
 
 
 def test_keys_end_with_the_boot(world: World) -> None:
