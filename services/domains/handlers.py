@@ -985,6 +985,7 @@ class DomainsHandlers:
                     [(key.path, key.value) for key in request.keys],
                     list(request.removed),
                     request.replace_all,
+                    changed_only=request.changed_only,
                 )
                 if any(key.path.startswith(BLOCK_KEYS) for key in request.keys) or any(
                     BLOCK_KEYS.startswith(path) or path.startswith(BLOCK_KEYS)

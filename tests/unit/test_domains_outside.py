@@ -237,6 +237,7 @@ class FakeQubesDb:
 
     guests: dict[str, dict[str, bytes]] = {}
     removed: list[str] = []
+    written: list[str] = []
 
     def __init__(self, name: str) -> None:
         if name == "gone":
@@ -246,7 +247,11 @@ class FakeQubesDb:
     def write(self, path: str, value: bytes) -> None:
         if path == "/refused":
             raise RuntimeError("not allowed")
+        self.written.append(path)
         self.keys[path] = value
+
+    def read(self, path: str) -> bytes | None:
+        return self.keys.get(path)
 
     def rm(self, path: str) -> None:
         self.removed.append(path)
@@ -301,6 +306,23 @@ def test_what_is_written_again_never_disappears_in_between(
         await keys.write(Boot(UUID, "b1", "work"), [("/s/a", "0"), ("/s/c", "1")], ["/s/"], False)
         assert FakeQubesDb.removed == ["/s/b"]
         assert FakeQubesDb.guests["work"] == {"/s/a": b"0", "/s/c": b"1", "/t": b""}
+
+    run(body)
+
+
+def test_nobody_is_woken_for_what_has_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One service is switched: the guest's network is not set up anew."""
+    monkeypatch.setattr(FakeQubesDb, "guests", {"work": {"/s/a": b"1", "/ip": b"1.2.3.4"}})
+    monkeypatch.setattr(FakeQubesDb, "written", [])
+    wanted = [("/ip", "1.2.3.4"), ("/s/a", "0"), ("/s/b", "")]
+
+    async def body() -> None:
+        keys, boot = QubesDbKeys(FakeQubesDb), Boot(UUID, "b1", "work")
+        await keys.write(boot, wanted, ["/s/"], False, changed_only=True)
+        assert FakeQubesDb.written == ["/s/a", "/s/b"]
+        # Where writing is the news, as of rules, everything is written.
+        await keys.write(boot, wanted, [], False)
+        assert FakeQubesDb.written[2:] == [path for path, _ in wanted]
 
     run(body)
 

@@ -94,6 +94,7 @@ def test_the_guests_seed_and_lists_are_not_written_again(w: World) -> None:
     domains = Domains()
     applied(w, domains)
     (own,) = [r for r in domains.of("write_guest_keys") if r.boot.uuid == w.qube("work").uuid]
+    assert own.changed_only
     paths = {key.path for key in own.keys}
     assert {"/name", "/default-user", "/qubes-debug-mode", "/qubes-ip"} <= paths
     assert not paths & {

@@ -39,9 +39,18 @@ class GuestKeys(Protocol):
     """Where guests' keys are."""
 
     async def write(
-        self, boot: Boot, written: list[tuple[str, str]], removed: list[str], replace_all: bool
+        self,
+        boot: Boot,
+        written: list[tuple[str, str]],
+        removed: list[str],
+        replace_all: bool,
+        *,
+        changed_only: bool = False,
     ) -> None:
-        """Change the keys of a boot. DomainsError on a limit; nothing is then changed."""
+        """Change the keys of a boot. DomainsError on a limit; nothing is then changed.
+
+        changed_only: what has its value already is not written again.
+        """
 
     async def read(self, boot: Boot, prefix: str) -> dict[str, str]:
         """The keys at or below prefix; the guest may have written them."""
@@ -88,7 +97,13 @@ class FileKeys:
         failpoints.hit("domains.keys.after")
 
     async def write(
-        self, boot: Boot, written: list[tuple[str, str]], removed: list[str], replace_all: bool
+        self,
+        boot: Boot,
+        written: list[tuple[str, str]],
+        removed: list[str],
+        replace_all: bool,
+        *,
+        changed_only: bool = False,  # noqa: ARG002 - nobody watches a file
     ) -> None:
         async with self._lock(boot.uuid):
             present = await asyncio.to_thread(self._keys, boot)
@@ -150,7 +165,13 @@ class QubesDbKeys:
             ) from error
 
     async def write(
-        self, boot: Boot, written: list[tuple[str, str]], removed: list[str], replace_all: bool
+        self,
+        boot: Boot,
+        written: list[tuple[str, str]],
+        removed: list[str],
+        replace_all: bool,
+        *,
+        changed_only: bool = False,
     ) -> None:
         guest_keys.apply({}, written, removed, replace_all)  # the limits, before any effect
 
@@ -167,7 +188,8 @@ class QubesDbKeys:
                         with contextlib.suppress(KeyError):
                             database.rm(key)
             for path, value in written:
-                database.write(path, value.encode())
+                if not changed_only or database.read(path) != value.encode():
+                    database.write(path, value.encode())
             failpoints.hit("domains.keys.after")
             return {}
 

@@ -167,6 +167,8 @@ async def _write(
             boot=running_boot(qube),
             keys=[domains_pb2.GuestKey(path=path, value=value) for path, value in keys],
             removed=list(removed),
+            # Everything is brought to what the record says; guests watch some of it.
+            changed_only=True,
         ),
         timeout=CALL_TIMEOUT_S,
         context=context.call(f"keys/{qube.uuid}"),
