@@ -244,7 +244,12 @@ def guest_reads_rules(view: View, client: Qube) -> bool:
     if client.klass not in QUBES_VM or client.run.phase is Phase.HALTED:
         return False
     netvm = netvm_of(view, client)
-    return netvm is not None and netvm.uuid != ADMINVM_UUID and not is_namespace_netvm(view, netvm)
+    return (
+        netvm is not None
+        and netvm.uuid != ADMINVM_UUID
+        and netvm.run.phase is not Phase.HALTED
+        and not is_namespace_netvm(view, netvm)
+    )
 
 
 def template_for_dispvms(qube: Qube) -> bool:

@@ -80,6 +80,11 @@ def test_rules_that_no_guest_reads_begin_nothing(w: World) -> None:
     assert announced(w, "work", CHANGED) == ()  # a namespace: the firewall's own work
 
 
+def test_a_netvm_that_does_not_run_reads_nothing(w: World) -> None:
+    w.patch("sys-net", run=Run())
+    assert announced(w, "work", CHANGED) == ()
+
+
 def test_a_change_during_a_start_waits_for_its_end(w: World) -> None:
     record = w.qube("work")
     w.patch("work", run=replace(record.run, phase=Phase.STARTING))
