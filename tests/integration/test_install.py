@@ -14,6 +14,7 @@ from deploy import completion
 from deploy import services as rpc
 from deploy.install import SOURCE, Installation, runtime_distributions, scripts, sysusers
 from services.adminapi.core.calls import CALLS
+from tests.instance import running
 
 pytestmark = pytest.mark.integration
 PREFIX = Path("/opt/bulkhead")
@@ -95,6 +96,54 @@ def test_the_installed_environment_is_whole(tree: Path) -> None:
     assert "--single-line" in done.stdout
     assert {"pyzmq", "protobuf", "lxml", "uvloop"} <= set(runtime_distributions("qubes-bulkhead"))
     assert "pytest" not in runtime_distributions("qubes-bulkhead")
+
+
+def test_the_installed_executables_answer(tmp_path: Path) -> None:
+    prefix = tmp_path / "opt"
+    Installation(tmp_path, prefix).run()
+    # As if DESTDIR were the root: what the files name is where they say.
+    prefix.symlink_to(tmp_path / str(prefix).lstrip("/"))
+    with running() as instance:
+        instance.ok("admin.vm.Create.StandaloneVM", payload=b"name=work label=red")
+
+        def run(
+            path: str, *argv: str, given: bytes = b"", source: str = "dom0"
+        ) -> tuple[int, bytes]:
+            done = subprocess.run(
+                [str(tmp_path / path), *argv],
+                input=given, capture_output=True, check=False, timeout=60, cwd="/",
+                env={
+                    "PATH": os.environ["PATH"],
+                    "BULKHEAD_ROOT": str(instance.root),
+                    "QREXEC_REMOTE_DOMAIN": source,
+                    "QREXEC_REQUESTED_TARGET": "work",
+                },
+            )  # fmt: skip
+            return done.returncode, done.stdout
+
+        rpc_dir = "etc/qubes-rpc"
+        sized, plain = (
+            f"{rpc_dir}/admin.vm.volume.ImportWithSize",
+            f"{rpc_dir}/admin.vm.volume.Import",
+        )
+        assert run(sized, "private", given=b"4096\n" + bytes(4096)) == (0, b"0\0")
+        assert run(plain, "private", given=bytes(4096)) == (0, b"0\0")
+        assert run(plain, "private", given=bytes(4095))[1].startswith(b"2\0QubesException\0\0")
+        status, said = run(plain, "nosuch")
+        assert (status, said[:16]) == (1, b"2\0ProtocolError\0")
+        status, said = run(f"{rpc_dir}/admin.vm.Console")
+        assert (status, said[:25]) == (1, b"2\0QubesVMNotRunningError\0")
+        assert run(f"{rpc_dir}/qubes.NotifyUpdates", given=b"3\n", source="work") == (0, b"")
+        query = "usr/bin/qubesd-query"
+        call = ("dom0", "admin.vm.feature.Get", "work")
+        assert run(query, "-e", "--fail", *call, "updates-available") == (0, b"0\0001")
+        assert run(query, "-e", "--fail", *call, "nosuch")[0] == 2
+        assert run(query, "-e", *call, "nosuch")[0] == 0
+        assert (
+            run(query, "--fail", "--single-line", "dom0", "admin.vm.tag.Set", "work", "a b")[0] == 1
+        )
+        status, said = run("usr/bin/qvm-ls", "--raw-list")
+        assert (status, said) == (0, b"dom0\nwork\n")
 
 
 def test_completions_are_what_the_parsers_accept(tree: Path) -> None:
