@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -195,3 +196,24 @@ def test_it_may_make_the_calls_that_it_was_granted_and_no_other(instance: Instan
         return any(r["source"] == "ext-broken" and r.get("argument") == "seen" for r in records)
 
     instance.until(audited, 15, "the extension's call is in the audit log")
+
+
+def test_status_shows_one_that_does_not_answer(instance: Instance) -> None:
+    command = [PYTHON, "-m", "clients.cli.bulkhead", "status", "--root", str(instance.root)]
+
+    def status() -> dict[str, bool]:
+        done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+        rows = {row["service"]: row["ready"] for row in json.loads(done.stdout)}
+        assert (done.returncode == 0) is all(rows.values())
+        return rows
+
+    instance.until(lambda: all(status().values()), 15, "all answer")
+    assert status()["ext-broken"] and status()[SERVICE]
+    assert SERVICE in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    pid = instance.pid(SERVICE)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        rows = status()
+        assert not rows[SERVICE] and rows["ext-broken"] and rows["adminapi"]
+    finally:
+        os.kill(pid, signal.SIGCONT)

@@ -15,6 +15,7 @@ from bulkhead.api import control_pb2, registry_pb2
 from bulkhead.bus.client import operator_call
 from bulkhead.bus.errors import BusError
 from bulkhead.config import SERVICES, Settings, SettingsError
+from bulkhead.extensions import PREFIX as extension_prefix
 
 Row = dict[str, Any]
 TIMEOUT_S = 3.0
@@ -22,11 +23,15 @@ DUMP_TIMEOUT_S = 30.0
 
 
 def health_of_all(settings: Settings, launcher: Mapping[str, object]) -> list[Row]:
-    """One row a service, in start order; rows of silent ones have ready False and a reason."""
+    """One row a service, in start order, then extensions; rows of silent ones have ready
+    False and a reason."""
     children = launcher.get("children")
     assert isinstance(children, dict)
+    extensions = sorted(name for name in children if name.startswith(extension_prefix))
     return [
-        health(settings, service, children[service]) for service in SERVICES if service in children
+        health(settings, service, children[service])
+        for service in (*SERVICES, *extensions)
+        if service in children
     ]
 
 
@@ -99,18 +104,18 @@ def print_status(settings: Settings, rows: Sequence[Row]) -> None:
         f"isolation {'on' if settings.isolated else 'OFF: all services share one user'}"
     )
     print(
-        f"{'SERVICE':<10} {'PID':>7} {'USER':<20} {'STATE':<10} {'REVISION':>8} {'LAG':>7} "
+        f"{'SERVICE':<20} {'PID':>7} {'USER':<20} {'STATE':<10} {'REVISION':>8} {'LAG':>7} "
         f"{'RESTARTS':>8}  PRIVILEGES"
     )
     for row in rows:
         state = "ready" if row["ready"] else "not ready"
         privileges = " ".join(f"{key}={value}" for key, value in row["privileges"].items())
         print(
-            f"{row['service']:<10} {row['pid'] or '-':>7} {row['user']:<20} {state:<10} "
+            f"{row['service']:<20} {row['pid'] or '-':>7} {row['user']:<20} {state:<10} "
             f"{row['revision']:>8} {row['lag_s']:>6.2f}s {row['restarts']:>8}  {privileges}"
         )
         if row["reason"]:
-            print(f"{'':10} {row['reason']}")
+            print(f"{'':20} {row['reason']}")
 
 
 def history(settings: Settings, *, qube: str, limit: int) -> list[Row]:
