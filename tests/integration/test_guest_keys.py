@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -448,3 +449,18 @@ def test_keys_end_with_the_boot(world: World) -> None:
     assert file.exists()
     world.ok("admin.vm.Kill", "relay")
     world.instance.until(lambda: not file.exists(), SOON_S, "the file is gone")
+
+
+def test_a_client_that_does_not_let_go_does_not_hold_up_the_stop_of_its_netvm(
+    world: World,
+) -> None:
+    world.ok("admin.vm.property.Set", "work", "netvm", "net2")
+    fault = world.sim.hang("work", "detach_interface")
+    began = time.monotonic()
+    world.ok("admin.vm.Kill", "net2")
+    assert time.monotonic() - began < 10.0
+    world.sim.clear(fault)
+    world.ok("admin.vm.Start", "net2")
+    world.instance.until(
+        lambda: [p[1:] for p in world.plugs()] == [("net2", True)], SOON_S, "it is plugged anew"
+    )

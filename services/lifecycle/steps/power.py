@@ -34,6 +34,8 @@ from services.lifecycle.steps.start import (
 log = logging.getLogger("bulkhead.lifecycle")
 
 SERVICE_TIMEOUT_S = 60
+# How long the stop of a netvm waits for clients to let go of it.
+RELEASE_S = 5.0
 # A shutdown without wait: how long a guest may take to count as gone at once, and how
 # long the clean-up after such a one is waited for.
 AT_ONCE_S = 0.1
@@ -109,7 +111,7 @@ async def _release(context: StepContext, client: Qube, netvm: Qube) -> None:
                 # It may have been given another netvm meanwhile, and be plugged there.
                 interface=domains_pb2.InterfaceSpec(backend=netvm.name),
             ),
-            timeout=CALL_TIMEOUT_S,
+            timeout=RELEASE_S,
             context=context.call(f"release/{client.uuid}"),
         )
     except BusError as error:
