@@ -256,6 +256,7 @@ def test_a_qube_that_has_gone_is_judged_by_its_last_record() -> None:
         ("S * mgmt v1 allow target=@dispvm:v2", "v1", "+x", "deny", "", "v1"),
         ("S * mgmt v1 allow target=@adminvm", "v1", "+x", "allow", "dom0", "v1"),
         ("S * mgmt v1 allow target=dom0 autostart=no", "v1", "+x", "allow", "dom0", "v1"),
+        ("S * mgmt @dispvm allow autostart=no", "@dispvm", "+x", "deny", "", "@dispvm"),
         ("S * mgmt @anyvm allow target=v2", "@dispvm", "+x", "allow", "v2", "@dispvm"),
         ("S * mgmt @anyvm allow target=v2", "@dispvm:dvm", "+x", "allow", "v2", "@dispvm:dvm"),
         ("S * mgmt @dispvm allow target=v2", "@dispvm:dvm", "+x", "deny", "", "@dispvm:dvm"),

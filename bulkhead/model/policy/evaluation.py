@@ -164,6 +164,8 @@ class Evaluator:
             base = self._base_of(actual, caller)
             if base is None:
                 return _deny(f"{caller.name} has no default_dispvm", rule, requested)
+            if not rule.autostart:
+                return _deny("a disposable would be started and autostart=no", rule, requested)
             target = f"@dispvm:{base.name}"
             return Decision("allow", "the rule allows", rule, target, requested)
         if actual.uuid == caller.uuid:
