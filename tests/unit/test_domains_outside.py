@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -387,11 +388,15 @@ def test_daemons_get_the_arguments_that_they_expect(tmp_path: Path) -> None:
     async def body() -> None:
         daemons = GuestDaemons(made)
         await daemons.start_keys(DOMAIN)
-        (tmp_path / "qubesdb.work.sock").touch()
-        await daemons.start_keys(DOMAIN)  # it serves already
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(tmp_path / "qubesdb.work.sock"))
+            listener.listen()
+            await daemons.start_keys(DOMAIN)  # it serves already
+        await daemons.start_keys(DOMAIN)  # it was killed, and its socket is still there
         assert await agents(daemons) is True
         assert await agents(daemons, qrexec=False) is False
         assert (tmp_path / "log").read_text().splitlines() == [
+            "qubesdb_daemon / 12 work",
             "qubesdb_daemon / 12 work",
             "qrexec_daemon 30/ -q -u s -- 13 work-dm root",
             f"qrexec_daemon 30/ -q -u {UUID} -- 12 work user",

@@ -19,6 +19,20 @@ from .hypervisor import Domain
 OUTPUT_BYTES = 1 << 20
 # Exit status of qrexec-daemon when the agent did not connect in time.
 NO_AGENT = 3
+CONNECT_S = 2.0
+
+
+async def _serves(path: Path) -> bool:
+    """Somebody listens there; a daemon that was killed leaves its socket behind."""
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            _, writer = await asyncio.open_unix_connection(path)
+    except TimeoutError:
+        return True  # it is there, and busy: it is asked in its own time
+    except OSError:
+        return False
+    writer.close()
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +56,7 @@ class GuestDaemons:
         programs = self._programs
         if not programs.qubesdb_daemon.exists():
             return
-        if (programs.sockets / f"qubesdb.{domain.name}.sock").exists():
+        if await _serves(programs.sockets / f"qubesdb.{domain.name}.sock"):
             return
         code, output = await self._run(
             [str(programs.qubesdb_daemon), str(domain.sighting.xid), domain.name], {}, 60.0
