@@ -231,10 +231,16 @@ def _into_path(
     answer = internal.text("internal.vm.volume.ImportBegin", qube, volume, announced)
     hold = service.frame_head("bulkhead.vm.volume.ImportHold", volume, "dom0", qube)
     end = "internal.vm.volume.ImportEnd"
-    with service.hold(Path(str(internal.path)), hold):
+    show = _shown(bar)
+    with service.Hold(Path(str(internal.path)), hold) as held:
+
+        def progress(done: int, size: int) -> None:
+            held.keep()
+            show(done, size)
+
         try:
             number, _, path = answer.partition(" ")
-            importing.copy_data(source, Path(path), int(number), _shown(bar))
+            importing.copy_data(source, Path(path), int(number), progress)
         except BaseException as error:
             with contextlib.suppress(*tool.FAILURES):
                 # Its answer is an exception that repeats the reason; ours says more.

@@ -603,15 +603,26 @@ class Tools:
     def open_import(self, qube: str, volume: str, begin: bytes) -> subprocess.Popen[bytes]:
         """An import under way: its size line and first data are read, the rest is to come."""
         script = self._script(qube, volume, resize=True)
+        self.go_on(script, begin)
+        return script
+
+    def go_on(self, script: subprocess.Popen[bytes], data: bytes) -> None:
+        """Bring more of an import's data; they are read when this returns."""
         assert script.stdin is not None
-        script.stdin.write(begin)
+        script.stdin.write(data)
         script.stdin.flush()
         deadline = time.monotonic() + 30
         while self._unread(script):
             if time.monotonic() > deadline:
                 raise AssertionError("the script does not read on")
             time.sleep(0.01)
-        return script
+        # What it does with them comes before it waits for more.
+        while self._state(script) != "S":
+            time.sleep(0.01)
+
+    @staticmethod
+    def _state(script: subprocess.Popen[bytes]) -> str:
+        return Path(f"/proc/{script.pid}/stat").read_text().rpartition(") ")[2][0]
 
     @staticmethod
     def _unread(script: subprocess.Popen[bytes]) -> int:

@@ -808,7 +808,25 @@ def test_an_import_goes_on_while_services_start_again(
             said, _ = script.communicate(data[5:], timeout=60)
         assert api.read(said) == ""
         assert world.read("long", "private", len(service)) == service.encode()
+    # The script is known to the new adminapi as well: it may be killed behind the restart.
+    with tools.open_import("long", "private", b"4096\nabc") as script:
+        old = world.instance.kill("adminapi")
+        world.instance.wait_restarted("adminapi", old)
+        world.instance.until(lambda: _held(api, "long"), 30, "it still waits for its data")
+        tools.go_on(script, b"def")
+        script.kill()
+    world.instance.until(partial(_starts, api, "long"), 30, "nobody waits for data any more")
+    tools.power("Kill", "long")
+    assert world.read("long", "private", 9) == b"lifecycle"
     assert tools.remove("long") == []
+
+
+def _starts(api: StrictClient, qube: str) -> bool:
+    try:
+        api.do("admin.vm.Start", qube)
+    except (QubesException, AccessError):
+        return False
+    return True
 
 
 def _held(api: StrictClient, qube: str) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import sys
@@ -114,18 +115,46 @@ def whole(path: Path, frame: bytes) -> bytes:
     return b"".join(exchange(path, frame))
 
 
-@contextmanager
-def hold(path: Path, frame: bytes) -> Iterator[None]:
-    """Inside, a connection that tells the service when this process has gone. A service that
-    serves no such call does without."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
-        peer.settimeout(HOLD_S)
+class Hold:
+    """A connection that tells a service when this process has gone; a context manager.
+
+    A service that serves no such call does without. One that starts again has forgotten it:
+    call keep() now and then.
+    """
+
+    def __init__(self, path: Path, frame: bytes) -> None:
+        self._path = path
+        self._frame = frame
+        self._peer: socket.socket | None = None
+
+    def __enter__(self) -> Hold:
+        self._take()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._drop()
+
+    def _take(self) -> None:
+        self._peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._peer.settimeout(HOLD_S)
         with contextlib.suppress(OSError):
-            peer.connect(str(path))
-            peer.sendall(frame)
-            peer.shutdown(socket.SHUT_WR)
-            peer.recv(CHUNK)  # from here on it knows
-        yield
+            self._peer.connect(str(self._path))
+            self._peer.sendall(self._frame)
+            self._peer.shutdown(socket.SHUT_WR)
+            if self._peer.recv(CHUNK)[:1] == b"1":
+                return  # from here on it knows
+        self._drop()
+
+    def _drop(self) -> None:
+        if self._peer is not None:
+            self._peer.close()
+            self._peer = None
+
+    def keep(self) -> None:
+        """Take hold again where the service has let go."""
+        if self._peer is not None and select.select([self._peer], [], [], 0)[0]:
+            self._drop()
+            self._take()
 
 
 def write(data: bytes) -> None:

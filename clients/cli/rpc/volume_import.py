@@ -82,10 +82,10 @@ def _import(request: service.Request, path: Path, announced: bytes) -> int:
         try:
             # Who stopped us meanwhile does so here, where what was begun gets ended.
             quiet.close()
-            quiet.enter_context(service.hold(path, request.head(HOLD)))
+            held = quiet.enter_context(service.Hold(path, request.head(HOLD)))
             number, _, target = answer[2:].decode().partition(" ")
             with open(0, "rb", buffering=0, closefd=False) as source:
-                importing.copy_data(source, Path(target), int(number))
+                importing.copy_data(source, Path(target), int(number), lambda *_: held.keep())
             quiet.enter_context(service.undisturbed())
             outcome = b"ok"
         except (OSError, ValueError) as error:
