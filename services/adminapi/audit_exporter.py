@@ -9,12 +9,14 @@ a call is in the file before its answer is sent, so a kill does not lose it.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 import time
 from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +77,13 @@ class AuditExporter:
         self._wake = asyncio.Event()
         self._file: AuditFile | None = None
         self._flushing = asyncio.Lock()
-        # A thread writes; nobody else may then.
+        # A thread writes, never the loop: a disk may take its time also for what is only
+        # buffered. Nobody else may write then.
         self._busy: asyncio.Future[None] | None = None
         self._unsynced = False
+        # Records of calls: queued so far, and written.
+        self._noted = 0
+        self._written = 0
         self.counters = counters if counters is not None else {}
         # audit_number: of the last record in the file, as of this service.
         self.counters.update({"audit_records": 0, "audit_failures": 0, "audit_number": 0})
@@ -88,25 +94,27 @@ class AuditExporter:
             self._wake.set()
 
     def note(self, record: dict[str, Any]) -> None:
-        """Write the record of a call, at once where nobody else writes, else soon (see
+        """Have the record of a call written, at once where nobody else writes, else soon (see
         written()); what is refused is bounded by source, all as a whole."""
         if len(self._queue) >= _QUEUE_LIMIT:
             held = self._bound.held_back
             held["*"] = held.get("*", 0) + 1
         elif record["kind"] == "call" or self._bound.admit(str(record["source"]), time.monotonic()):
             self._queue.append({"time": time.time(), **record})
+            self._noted += 1
             self._drain()
         self._wake.set()
 
     @property
     def waiting(self) -> bool:
-        """True while records of calls wait for a thread that writes. Where there is no file
+        """True while records of calls wait for the thread that writes. Where there is no file
         nobody waits: audit_failures tells of that, and it is tried again."""
-        return bool(self._queue) and self._busy is not None
+        return self._written < self._noted and self._busy is not None
 
     async def written(self) -> None:
-        """Until what note() was given is in the file."""
-        while self._queue and self._busy is not None:
+        """Until what note() was given by now is in the file."""
+        mine = self._noted
+        while self._written < mine and self._busy is not None:
             await asyncio.wait({self._busy})
 
     async def run(self) -> None:
@@ -131,15 +139,25 @@ class AuditExporter:
                 await self._catch_up()
             except (OSError, BusError) as error:
                 self._failed(error)
+                if isinstance(error, OSError):
+                    await self._idle()
+                    self._drop_file()
                 return False
             return True
 
+    async def _idle(self) -> None:
+        while self._busy is not None:  # a write that was cancelled goes on nevertheless
+            await asyncio.wait({self._busy})
+
     # ----
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: BaseException) -> None:
         self.counters["audit_failures"] += 1
         log.error("the audit log cannot be written, trying again: %s", error)
-        if isinstance(error, OSError) and self._file is not None:
+
+    def _drop_file(self) -> None:
+        """It is opened anew, and looked at, before anything is written again."""
+        if self._file is not None:
             self._file.close()
             self._file = None
 
@@ -158,40 +176,44 @@ class AuditExporter:
         return self._file
 
     async def _append(self, records: list[dict[str, Any]]) -> None:
-        """Write in a thread, durable on return: pages of rows are large."""
-        while self._busy is not None:  # one that was cancelled goes on nevertheless
-            await asyncio.wait({self._busy})
+        """Write records of our own or of the registry's; durable on return."""
+        await self._idle()
         if self._file is None:
             raise OSError("the record of a call could not be written just now")
-        self._busy = asyncio.ensure_future(asyncio.to_thread(self._file.write, records))
-        self._busy.add_done_callback(self._thread_done)
-        await asyncio.shield(self._busy)
-        self._count(len(records))
+        await asyncio.shield(self._start(self._file, records, 0))
         await self._sync()
 
-    def _thread_done(self, done: asyncio.Future[None]) -> None:
-        self._busy = None
-        if not done.cancelled() and done.exception() is None:
-            self._drain()
+    def _drain(self) -> None:
+        """Write the records of calls that wait, unless the thread writes or there is no file."""
+        if self._queue and self._busy is None and self._file is not None:
+            taken = list(itertools.islice(self._queue, _PAGE))
+            self._start(self._file, taken, len(taken))
 
-    def _count(self, records: int) -> None:
+    def _start(
+        self, file: AuditFile, records: list[dict[str, Any]], waited: int
+    ) -> asyncio.Future[None]:
+        """Have the thread write; waited: how many of the records are the first of the queue."""
+        loop = asyncio.get_running_loop()
+        self._busy = loop.run_in_executor(None, file.write, records)
+        self._busy.add_done_callback(partial(self._ended, len(records), waited))
+        return self._busy
+
+    def _ended(self, records: int, waited: int, done: asyncio.Future[None]) -> None:
+        self._busy = None
+        error = done.exception()
+        if error is not None:
+            self._drop_file()
+            if waited:  # nobody else sees the error
+                self._failed(error)
+            return
         assert self._file is not None
         self._unsynced = True
+        self._written += waited
+        for _ in range(waited):
+            self._queue.popleft()
         self.counters["audit_records"] += records
         self.counters["audit_number"] = self._file.head.number
-
-    def _drain(self) -> None:
-        """Write the records that wait, unless a thread writes or there is no file."""
-        while self._queue and self._busy is None and self._file is not None:
-            taken = min(len(self._queue), _PAGE)
-            try:
-                self._file.write([self._queue[i] for i in range(taken)])
-            except OSError as error:
-                self._failed(error)
-                return
-            self._count(taken)
-            for _ in range(taken):
-                self._queue.popleft()
+        self._drain()
 
     async def _sync(self) -> None:
         if self._unsynced and self._file is not None:
@@ -221,6 +243,7 @@ class AuditExporter:
     async def _write_notes(self) -> None:
         await self._opened()
         self._drain()
+        await self.written()
         held = self._bound.take_held_back()
         if held:
             await self._append(
@@ -241,9 +264,8 @@ class AuditExporter:
     async def close(self) -> None:
         """Write what waits and close."""
         await self.flush()
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        await self._idle()
+        self._drop_file()
 
 
 def _gap(text: str) -> dict[str, Any]:

@@ -229,11 +229,12 @@ def test_a_record_that_comes_while_a_thread_writes_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_write = threading.Event()
+    may_write.set()
     write = AuditFile.write
 
     def slowly(file: AuditFile, records: Sequence[Mapping[str, object]]) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            assert may_write.wait(30)
+        assert threading.current_thread() is not threading.main_thread()  # it may take its time
+        assert may_write.wait(30)
         write(file, records)
 
     monkeypatch.setattr(AuditFile, "write", slowly)
@@ -244,6 +245,7 @@ def test_a_record_that_comes_while_a_thread_writes_is_waited_for(
         exporter.note({"kind": "refused", "source": "dom0", "result": "before the file is open"})
         told = [exporter.waiting]  # nobody is kept waiting for a file that cannot be had
         assert await exporter.flush()
+        may_write.clear()
         page = asyncio.create_task(exporter._append([{"kind": "gap", "result": "a page"}]))
         await asyncio.sleep(0)
         exporter.note({"kind": "refused", "source": "dom0", "result": "meanwhile"})
@@ -252,9 +254,11 @@ def test_a_record_that_comes_while_a_thread_writes_is_waited_for(
         await exporter.written()
         found = [line.record["result"] for line in Reader(tmp_path).read() if line.record]
         exporter.note({"kind": "call", "source": "dom0", "result": "at once"})
+        told.append(exporter.waiting)
+        await exporter.written()
         found += [line.record["result"] for line in Reader(tmp_path).read() if line.record][-1:]
         told.append(exporter.waiting)
-        assert told == [False, True, False]
+        assert told == [False, True, True, False]
         await page
         assert exporter.counters["audit_number"] == exporter.counters["audit_records"] == 4
         await exporter.close()
