@@ -2,7 +2,9 @@
 
 Owns request ids, deadlines and the wait for our own replica. Must not know the wire of
 clients. Invariant: a change is reported as done only after this process's replica holds
-it and its events are queued; when the outcome is not known, that is what is said.
+it and its events are queued, apart from the end of an operation whose steps are done: what
+is asked for after that answer finds it ended. When the outcome is not known, that is what
+is said.
 """
 
 from __future__ import annotations
@@ -334,12 +336,8 @@ class Backend:
         qube = self.view.by_uuid(uuid)
         if qube is None or qube.run.phase is not Phase.UP:
             return
-        for operation in list(self.view.operations.values()):
-            if (
-                operation.kind == "APPLY"
-                and uuid in operation.subjects
-                and not operation.state.terminal
-            ):
+        for operation in list(self.view.operations_on(uuid)):
+            if operation.kind == "APPLY":
                 await self._applied(operation.id)
 
     async def _applied(self, operation_id: str) -> None:

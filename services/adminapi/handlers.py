@@ -234,7 +234,9 @@ class AdminApi:
             if answer.startswith(b"2"):
                 self.counters["refused"] += 1
                 self._note_frame(socket_name, untrusted_frame, answer)
-            self._once_recorded(lambda: peer.reply(answer))
+                self._once_recorded(lambda: peer.reply(answer))
+            else:
+                peer.reply(answer)  # a read leaves no record
         elif answer.call.stream:
             self._open_stream(answer, peer)
         else:

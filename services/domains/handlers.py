@@ -565,6 +565,7 @@ class DomainsHandlers:
     async def _create(self, spec: specs.DomainSpec, call: Call) -> Domain:
         self._refuse_buried(spec)
         timeout = self._left(call)
+        backend = self._boot_behind(*spec.interfaces)
         failpoints.hit("domains.create.before")
         try:
             domain = await self._hypervisor.create_paused(spec, timeout)
@@ -581,10 +582,9 @@ class DomainsHandlers:
             await self._memory_manager.release(spec.boot_id)
         failpoints.hit("domains.create.after")
         self._apply(spec.uuid, domain)
-        for interface in spec.interfaces:
-            self._note_plugged(domain, interface)
         if self._tracker.buried(spec.uuid, spec.boot_id):
             self._refuse_buried(spec)
+        self._note_plugged(domain, backend)
         return domain
 
     @_answers
@@ -807,10 +807,19 @@ class DomainsHandlers:
 
     # ---- devices and memory
 
-    def _note_plugged(self, domain: Domain, interface: specs.InterfaceSpec) -> None:
-        known = self._tracker.current(interface.backend_uuid)
-        if known is not None:
-            self._plugged[domain.uuid, domain.boot_id] = known.boot_id
+    def _boot_behind(self, *interfaces: specs.InterfaceSpec) -> str | None:
+        """The boot of the backend that the one interface is about to be plugged into. Asked
+        before: a backend that starts anew meanwhile must not be taken for the one plugged to."""
+        for interface in interfaces:
+            known = self._tracker.current(interface.backend_uuid)
+            if known is not None:
+                return known.boot_id
+        return None
+
+    def _note_plugged(self, domain: Domain, backend: str | None) -> None:
+        now = self._tracker.current(domain.uuid)
+        if backend is not None and now is not None and now.boot_id == domain.boot_id:
+            self._plugged[domain.uuid, domain.boot_id] = backend
 
     def _is_dead(self, domain: Domain, interface: specs.InterfaceSpec) -> bool:
         """An interface that is there hangs at an earlier boot of its backend.
@@ -838,10 +847,11 @@ class DomainsHandlers:
             domain = await self._bound(request.boot, call)
             if not call.validate_only:
                 failpoints.hit("domains.attach.before")
+                backend = self._boot_behind(interface)
                 await self._hypervisor.attach_interface(
                     domain.uuid, interface, self._left(call), anew=self._is_dead(domain, interface)
                 )
-                self._note_plugged(domain, interface)
+                self._note_plugged(domain, backend)
                 failpoints.hit("domains.attach.after")
         return domains_pb2.AttachInterfaceReply()
 

@@ -127,7 +127,7 @@ class Executor:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._waiters: dict[str, list[asyncio.Future[Operation]]] = {}
         # Who asked for an operation and is told when its steps are done.
-        self._carried_out: dict[str, list[asyncio.Future[None]]] = {}
+        self._carried_out: dict[str, list[asyncio.Future[bool]]] = {}
         self._changed = asyncio.Event()
         self._started = asyncio.Event()
         # From the first entry on: a task may wait for one before there is an epoch.
@@ -193,6 +193,8 @@ class Executor:
 
     def _ended(self, operation_id: str, task: asyncio.Task[None]) -> None:
         self._tasks.pop(operation_id, None)
+        # Who began to wait when the others had been told, or for what came to nothing.
+        self._tell(operation_id, False)
         if not task.cancelled() and task.exception() is not None:
             log.error(
                 "operation %s ended by an error of ours", operation_id, exc_info=task.exception()
@@ -282,24 +284,28 @@ class Executor:
         """Wait until its steps are done and its end is on the way to the registry.
 
         False at once where the table says that only its end counts, or where it does not
-        run; False after timeout seconds. After True the operation can only succeed, and
-        whatever is sent to the registry from here finds it ended.
+        run; False when its task has ended, and after timeout seconds. After True the operation
+        can only succeed, and whatever is sent to the registry from here finds it ended.
         """
         runs = operation.state is OperationState.RUNNING and operation.id in self._tasks
         if not runs or not OPERATIONS[operation.kind].carried_out:
             return False
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiter: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         waiters = self._carried_out.setdefault(operation.id, [])
         waiters.append(waiter)
         try:
-            await asyncio.wait_for(waiter, timeout)
+            return await asyncio.wait_for(waiter, timeout)
         except TimeoutError:
             return False
         finally:
             waiters.remove(waiter)
             if not waiters:
                 self._carried_out.pop(operation.id, None)
-        return True
+
+    def _tell(self, operation_id: str, carried_out: bool) -> None:
+        for waiter in self._carried_out.get(operation_id, ()):
+            if not waiter.done():
+                waiter.set_result(carried_out)
 
     async def finished(self, operation: Operation, timeout: float) -> Operation:
         """Wait for an operation's terminal state. TimeoutError when it takes longer."""
@@ -405,9 +411,7 @@ class Executor:
         try:
             await asyncio.sleep(0)  # it has left before anybody is told
             hit("lifecycle.carried_out")
-            for waiter in self._carried_out.get(operation.id, ()):
-                if not waiter.done():
-                    waiter.set_result(None)
+            self._tell(operation.id, True)
             await asyncio.shield(ending)
         except asyncio.CancelledError:
             ending.cancel()

@@ -23,6 +23,7 @@ from bulkhead.bus.errors import BusError
 from bulkhead.bus.events import HIDDEN_READERS
 from bulkhead.bus.server import Call
 from bulkhead.model.records import ADMINVM_NAME, Operation, OperationState, WireEvent
+from bulkhead.model.refusal import Refusal
 from services.registry.adapters.journal import JournalError, history
 from services.registry.checkpointer import Checkpointer
 from services.registry.core import canonical, works
@@ -278,7 +279,7 @@ class RegistryHandlers:
         origin = Origin(caller, ADMINVM_NAME, "Promote")
         try:
             await self._engine.submit(works.Promote(self._clock(), self._outside), origin)
-        except BusError as error:
+        except (BusError, Refusal) as error:
             self._log.warning("operations that waited for a report wait on: %s", error.message)
 
     async def announce(

@@ -228,7 +228,44 @@ def test_nothing_is_answered_before_the_write_side_ends(run: Runner) -> None:
     run(test)
 
 
-def test_the_first_reads_after_a_start_wait_for_the_host(run: Runner) -> None:
+class BusyAudit:
+    """A log whose file a thread writes, until it is let."""
+
+    def __init__(self) -> None:
+        self.done = asyncio.Event()
+        self.noted: list[dict[str, Any]] = []
+
+    def note(self, record: dict[str, Any]) -> None:
+        self.noted.append(record)
+
+    @property
+    def waiting(self) -> bool:
+        return not self.done.is_set()
+
+    async def written(self) -> None:
+        await self.done.wait()
+
+
+def test_what_leaves_a_record_waits_for_it_and_reads_do_not(run: Runner) -> None:
+    async def test(world: World) -> None:
+        audit = BusyAudit()
+        world.api._audit = audit  # type: ignore[assignment]
+        refused = asyncio.ensure_future(world.ask("admin.vm.tag.Set+a:b", "work"))
+        while not audit.noted:
+            await asyncio.sleep(0)
+        assert (await world.ask("admin.label.List")).startswith(b"0\0")
+        assert not refused.done()
+        audit.done.set()
+        assert (await refused).startswith(b"2\0")
+
+    run(test)
+
+
+def test_the_first_reads_after_a_start_wait_for_the_host(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handlers_module, "HOST_S", 60)
+
     async def test(world: World) -> None:
         world.replica.view.apply(FactRemoved("host"))
         asked = asyncio.ensure_future(world.ask("admin.property.Get+maxmem"))
@@ -392,7 +429,8 @@ def test_an_operation_is_answered_at_its_end(run: Runner) -> None:
 def test_who_waits_for_a_stuck_operation_is_told(
     run: Runner, monkeypatch: pytest.MonkeyPatch, heals: bool
 ) -> None:
-    monkeypatch.setattr(backend_module, "STUCK_S", 10.0 if heals else 0.05)
+    patience = {**backend_module._PATIENCE, OperationState.STUCK: 10.0 if heals else 0.05}
+    monkeypatch.setattr(backend_module, "_PATIENCE", patience)
 
     async def test(world: World) -> None:
         problem = Problem("INTERNAL", "STORAGE_FAILED", "the disk is gone")

@@ -895,3 +895,52 @@ def test_thirty_starts_at_once(sim: SimBench, tmp_path: Path) -> None:
         assert all(running.listener.power(spec.uuid) == "running" for spec in specs)
 
     run(sim, tmp_path, body)
+
+
+@pytest.mark.parametrize("call_of", ["create", "attach"])
+def test_a_backend_that_starts_anew_while_one_is_plugged_is_plugged_to_again(
+    sim: SimBench, tmp_path: Path, call_of: str
+) -> None:
+    """What was plugged may hang at the former boot: the next call replaces it."""
+    netvm, guest = sim.spec(1), sim.spec(2)
+    nic = pb.InterfaceSpec(
+        mac="00:16:3e:5e:6c:00", ip="10.137.0.5", backend=netvm.name, backend_uuid=netvm.uuid
+    )
+    created = message(guest)
+    if call_of == "create":
+        created.spec.interfaces.append(nic)
+
+    def behind() -> str:
+        (found,) = sim.control.guest(guest.uuid)["interfaces"].values()
+        return str(found["backend_boot"])
+
+    async def body(running: Service) -> None:
+        handlers = running.handlers
+        await handlers.create_paused(message(netvm), call())
+        plug = pb.AttachInterfaceRequest(boot=boot(guest), interface=nic)
+        method = "create_paused" if call_of == "create" else "attach_interface"
+        if call_of == "attach":
+            await handlers.create_paused(created, call())
+        # It has taken effect, and its answer is late: the backend starts anew meanwhile.
+        fault = sim.control.hang(guest.uuid, method, when="after")
+        under_way = asyncio.ensure_future(
+            handlers.create_paused(created, call())
+            if call_of == "create"
+            else handlers.attach_interface(plug, call())
+        )
+        await until(lambda: _plugged(sim, guest.uuid), 20, "it has taken effect")
+        await handlers.destroy(pb.DestroyDomainRequest(boot=boot(netvm)), call())
+        again = replace(netvm, boot_id="b2")
+        await handlers.create_paused(message(again), call())
+        sim.control.clear(fault)
+        await under_way
+        assert behind() == "b1"
+        await handlers.attach_interface(plug, call())
+        assert behind() == "b2"
+
+    run(sim, tmp_path, body)
+
+
+def _plugged(sim: SimBench, uuid: str) -> bool:
+    found = [d for d in sim.control.domains() if d["uuid"] == uuid]
+    return bool(found) and bool(sim.control.guest(uuid)["interfaces"])

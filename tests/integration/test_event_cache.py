@@ -91,7 +91,7 @@ INHERITED = frozenset(
      "maxmem", "memory", "qrexec_timeout", "shutdown_timeout", "vcpus"}
 )  # fmt: skip
 # Devices attach themselves a moment after the call that lets them.
-SETTLE_S = 3.0
+SETTLE_S = 15.0
 
 VALUES: dict[str, tuple[str, ...]] = {
     "auto_cleanup": ("False",),
@@ -396,7 +396,7 @@ def instance() -> Iterator[Instance]:
         with SimControl.of(instance.root) as control:
             control.devices(DOM0, *block, {**card, "interfaces": "p020000"})
         instance.until(
-            lambda: bool(tools.api.available("pci", "dom0")), 10, "the devices are offered"
+            lambda: bool(tools.api.available("pci", "dom0")), 30, "the devices are offered"
         )
         yield instance
 

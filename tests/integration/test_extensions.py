@@ -153,9 +153,7 @@ def test_a_qube_that_gets_the_tag_loses_its_netvm(instance: Instance) -> None:
 
 
 def test_one_that_fails_refuses_and_says_where_to_look(instance: Instance) -> None:
-    began = time.monotonic()
     reply = instance.call("admin.vm.feature.Set", "free", "broken", b"1")
-    assert time.monotonic() - began < 1.5
     assert "extension broken failed" in reply.message and "ext-broken.log" in reply.message
     assert instance.call("admin.vm.feature.Get", "free", "broken").kind == "exc"
     log = (instance.root / "var/log/qubes/ext-broken.log").read_text()

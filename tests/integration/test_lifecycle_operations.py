@@ -304,7 +304,7 @@ def test_a_removal_is_told_before_its_end_and_holds_nothing_then(world: World) -
     folder = world.pool / "appvms" / "gone"
     assert folder.exists()
     # Every commit takes so long: the removal's begin, and the end that nobody waits for.
-    world.instance.arm("registry.commit.before_commit=sleep:0.5")
+    world.instance.arm("registry.commit.before_commit=sleep:1.5")
     world.instance.ok("admin.vm.Remove", "gone")
     rows = [json.loads(line) for line in world.instance.ok("bulkhead.op.List").splitlines()]
     assert [row["state"] for row in rows if row["kind"] == "REMOVE"][-1] == "running"

@@ -12,6 +12,7 @@ import pytest
 from bulkhead.api import domains_pb2, firewall_pb2
 from bulkhead.bus.errors import BusError
 from bulkhead.model.records import (
+    Change,
     FactPut,
     HostFact,
     OperationPut,
@@ -21,7 +22,7 @@ from bulkhead.model.records import (
     WireEvent,
 )
 from bulkhead.model.refusal import Refusal
-from bulkhead.model.specs import ApplySpec
+from bulkhead.model.specs import ApplySpec, RemoveSpec, SetFeature, SetProperty
 from services.lifecycle.steps.live import Apply
 from services.registry.core import works
 from services.registry.core.group import Numbers
@@ -100,6 +101,48 @@ def test_a_full_queue_refuses_the_announcement_so_that_it_comes_again(w: World) 
         announced(w, "work", CHANGED, digest="ab")
     assert refused.value.reason == "QUBE_BUSY"
     assert w.qube("work").rules_digest == ""
+
+
+def test_a_netvm_that_nobody_waits_for_refuses_no_change_of_a_client(w: World) -> None:
+    record = w.qube("sys-net")
+    w.set("vault", "netvm", "sys-net")
+    for operation in list(w.view.operations_on(record.uuid)):
+        w.end(operation)
+    begun = w.begin(ApplySpec(record.uuid, record.run.boot_id)).operation
+    outside = works.Outside(w.uuid, lambda limit: 0)
+
+    def gone() -> list[str]:
+        work = works.Begin(RemoveSpec("vault"), "dom0", "op-r", b"", w.time, False, outside)
+        return _applied(work.plan(w.view, Numbers()).changes)
+
+    def moved() -> tuple[list[str], int]:
+        command = SetProperty("vault", "netvm", "")
+        work = works.Mutation(command, "dom0", w.time, 0, False, outside)
+        planned = work.plan(w.view, Numbers())
+        return _applied(planned.changes), len(planned.answer.applies)
+
+    assert gone() == [record.uuid]
+    assert moved() == ([record.uuid], 0)
+    for number in range(8):
+        waits = replace(begun, id=f"w{number}", kind="RESIZE", state=OperationState.QUEUED)
+        w.view.apply(OperationPut(waits))
+    assert gone() == []
+    assert moved() == ([], 0)
+    # What its caller waits for is refused as before.
+    with pytest.raises(Refusal) as refused:
+        work = works.Mutation(SetFeature("sys-net", "service.x", "1"), "dom0", w.time, 0, False,
+                              outside)  # fmt: skip
+        work.plan(w.view, Numbers())
+    assert refused.value.reason == "QUBE_BUSY"
+
+
+def _applied(changes: tuple[Change, ...]) -> list[str]:
+    """Whom the changes begin an APPLY of."""
+    return [
+        change.operation.subjects[0]
+        for change in changes
+        if isinstance(change, OperationPut) and change.operation.kind == "APPLY"
+    ]
 
 
 # ---- the step

@@ -123,6 +123,7 @@ def plan_begin(
         events=plan.events,
         result=dict(operation.result),
         live=plan.live,
+        beside=plan.beside,
         audit=plan.audit,
     )
 

@@ -71,7 +71,11 @@ class Outside:
 def with_applies(
     view: View, plan: Plan, *, revision: int, source: str, now: float, outside: Outside
 ) -> tuple[tuple[Change, ...], tuple[Operation, ...]]:
-    """The plan's changes and those that begin its APPLY operations; the operations."""
+    """The plan's changes and those that begin its APPLY operations; the operations.
+
+    Refusals of an APPLY refuse the plan, unless nobody waits for it: too many operations wait
+    for a netvm, say, and one of its clients goes. Its next APPLY tells it of that, too.
+    """
     if not plan.live:
         return plan.changes, ()
     changes = list(plan.changes)
@@ -83,13 +87,18 @@ def with_applies(
             qube = view.by_uuid_any(uuid)
             if qube is None:
                 continue
-            begun = plan_begin(
-                view,
-                ApplySpec(uuid, qube.run.boot_id, revision),
-                operation_id=outside.new_id(),
-                source=source,
-                now=now,
-            )
+            try:
+                begun = plan_begin(
+                    view,
+                    ApplySpec(uuid, qube.run.boot_id, revision),
+                    operation_id=outside.new_id(),
+                    source=source,
+                    now=now,
+                )
+            except Refusal:
+                if uuid in plan.beside:
+                    continue
+                raise
             changes.extend(begun.changes)
             undo = [*view.apply_all(begun.changes), *undo]
             applies.append(begun.joined or begun.operation)
