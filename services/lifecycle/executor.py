@@ -350,6 +350,8 @@ class Executor:
         except BusError as error:
             if error.reason in ("STALE_EPOCH", "OPERATION_NOT_FOUND", "WRONG_OPERATION_STATE"):
                 log.info("operation %s is not ours any more: %s", operation.id, error.message)
+                if error.reason == "STALE_EPOCH":
+                    self.epoch = 0  # another one adopts from now on; here it would go in circles
                 return
             raise
 

@@ -346,6 +346,30 @@ def test_key_files_that_are_damaged_are_as_none(tmp_path: Path) -> None:
     run(body)
 
 
+def test_a_key_file_is_written_where_it_changes(tmp_path: Path) -> None:
+    boot, file = Boot(UUID, "b1", "work"), tmp_path / f"{UUID}.json"
+    keys = FileKeys(tmp_path)
+
+    def written(
+        changed: list[tuple[str, str]], removed: list[str], *, anew: bool = False, of: str = "b1"
+    ) -> bool:
+        before = file.stat().st_ino
+        with file.open():  # so that its number is not given again
+            asyncio.run(keys.write(Boot(UUID, of, "work"), changed, removed, anew))
+        return file.stat().st_ino != before
+
+    asyncio.run(keys.write(boot, [], [], True))
+    assert json.loads(file.read_text()) == {"boot_id": "b1", "keys": {}}
+    assert written([("/a", "1"), ("/b", "2")], [])
+    assert not written([("/a", "1")], ["/c/"])
+    assert not written([("/b", "2")], ["/b"])
+    assert not written([("/b", "2"), ("/a", "1")], [], anew=True)
+    assert written([("/a", "2")], [])
+    assert written([], ["/b"])
+    assert written([("/a", "2")], [], of="b2")  # another boot has the same
+    assert asyncio.run(keys.kept()) == {UUID: "b2"}
+
+
 # ---- daemons
 
 

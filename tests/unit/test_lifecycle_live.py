@@ -119,6 +119,7 @@ def test_a_netvm_that_nobody_waits_for_refuses_no_change_of_a_client(w: World) -
         command = SetProperty("vault", "netvm", "")
         work = works.Mutation(command, "dom0", w.time, 0, False, outside)
         planned = work.plan(w.view, Numbers())
+        assert isinstance(planned.answer, works.MutationAnswer)
         return _applied(planned.changes), len(planned.answer.applies)
 
     assert gone() == [record.uuid]

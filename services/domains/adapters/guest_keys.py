@@ -86,7 +86,10 @@ class FileKeys:
             return "", {}
 
     def _keys(self, boot: Boot) -> dict[str, str]:
-        content = self._content(boot.uuid)
+        return self._of(boot, self._content(boot.uuid))
+
+    @staticmethod
+    def _of(boot: Boot, content: tuple[str, dict[str, str]] | None) -> dict[str, str]:
         return content[1] if content is not None and content[0] == boot.boot_id else {}
 
     def _store(self, boot: Boot, keys: dict[str, str]) -> None:
@@ -106,9 +109,11 @@ class FileKeys:
         changed_only: bool = False,  # noqa: ARG002 - nobody watches a file
     ) -> None:
         async with self._lock(boot.uuid):
-            present = await asyncio.to_thread(self._keys, boot)
+            content = await asyncio.to_thread(self._content, boot.uuid)
+            present = self._of(boot, content)
             keys = guest_keys.apply(present, written, removed, replace_all)
-            await asyncio.to_thread(self._store, boot, keys)
+            if content != (boot.boot_id, keys):  # most changes of a qube leave others' as they are
+                await asyncio.to_thread(self._store, boot, keys)
 
     async def read(self, boot: Boot, prefix: str) -> dict[str, str]:
         return guest_keys.select(await asyncio.to_thread(self._keys, boot), prefix)

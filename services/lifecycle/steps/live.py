@@ -7,6 +7,7 @@ them merge. Invariant: an APPLY of an older boot does nothing.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 from bulkhead.api import domains_pb2, hostd_pb2
@@ -117,20 +118,30 @@ async def _forget(context: StepContext, qube: Qube, netvm: Qube | None) -> None:
     view = context.view
     # Without a netvm it has no address any more: the ones that it would have.
     addresses = [address for address in guest_keys.own_addresses(view, qube) if address]
-    for other in list(view.qubes()):
-        if (
-            other is netvm
-            or other.klass == "AdminVM"
-            or other.run.phase is not Phase.UP
-            or not provides_network(other)
-            or boot.is_namespace_netvm(view, other)
-        ):
-            continue
-        connected = guest_keys.connected_tree(view, other).write
-        removed = tuple(f"/mapped-ip/{address}/" for address in addresses)
-        await _write(context, other, connected, removed)
-        for address in addresses:
-            await close(context, other, address)
+    others = [
+        other
+        for other in view.qubes()
+        if other is not netvm
+        and other.klass != "AdminVM"
+        and other.run.phase is Phase.UP
+        and provides_network(other)
+        and not boot.is_namespace_netvm(view, other)
+    ]
+    # Beside each other, and all have ended when this does, whatever fails.
+    ends = await asyncio.gather(
+        *(_forget_in(context, other, addresses) for other in others), return_exceptions=True
+    )
+    for end in ends:
+        if isinstance(end, BaseException):
+            raise end
+
+
+async def _forget_in(context: StepContext, netvm: Qube, addresses: list[str]) -> None:
+    connected = guest_keys.connected_tree(context.view, netvm).write
+    removed = tuple(f"/mapped-ip/{address}/" for address in addresses)
+    await _write(context, netvm, connected, removed)
+    for address in addresses:
+        await close(context, netvm, address)
 
 
 async def _detach(context: StepContext, qube: Qube) -> None:
