@@ -52,17 +52,24 @@ def test_a_line_follows_its_predecessor() -> None:
     assert read_line(second)[1] == end
 
 
-def test_every_altered_byte_is_found_and_its_line_named(tmp_path: Path) -> None:
+def test_every_altered_byte_is_found_and_its_line_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nobody writes here: an unfinished line need not be given time.
+    monkeypatch.setattr("clients.cli.instance.audit._SETTLE_S", -1.0)
     _log(tmp_path, 3).close()
     path = tmp_path / "audit-000001.jsonl"
     whole = path.read_bytes()
     ends = [i for i, byte in enumerate(whole) if byte == 0x0A]
     assert _problems(tmp_path) == []
-    for position in range(len(whole)):
-        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
-        line = 1 + sum(end < position for end in ends)
-        found = _problems(tmp_path)
-        assert found and found[0][0] == f"{path.name}:{line}", position
+    with path.open("r+b", buffering=0) as file:  # in place: a new file each time is slow
+        for position, byte in enumerate(whole):
+            os.pwrite(file.fileno(), bytes([byte ^ 1]), position)
+            line = 1 + sum(end < position for end in ends)
+            found = _problems(tmp_path)
+            assert found and found[0][0] == f"{path.name}:{line}", position
+            os.pwrite(file.fileno(), bytes([byte]), position)
+    assert _problems(tmp_path) == []
     for cut in range(1, 20):
         path.write_bytes(whole[:-cut])
         assert _problems(tmp_path)[0][0] == f"{path.name}:3"
