@@ -217,7 +217,8 @@ class Backend:
         if self._ending and service != "lifecycle":
             # What was reported as done has ended for whoever asks now. Lifecycle itself has
             # sent those ends, so that nothing that it begins comes before them.
-            await asyncio.wait(self._ending, timeout=timeout)
+            _, late = await asyncio.wait(self._ending, timeout=timeout)
+            self._ending -= late  # a store that is full, say: the next one need not wait as well
         try:
             header, reply = await self._context.channel(service).call_with_header(
                 f"bulkhead.api.{method}",

@@ -612,12 +612,10 @@ class Tools:
         script.stdin.write(data)
         script.stdin.flush()
         deadline = time.monotonic() + 30
-        while self._unread(script):
+        # What it does with them comes before it waits for more.
+        while self._unread(script) or self._state(script) != "S":
             if time.monotonic() > deadline:
                 raise AssertionError("the script does not read on")
-            time.sleep(0.01)
-        # What it does with them comes before it waits for more.
-        while self._state(script) != "S":
             time.sleep(0.01)
 
     @staticmethod

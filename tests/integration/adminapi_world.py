@@ -37,8 +37,9 @@ class Listener:
         """Events up to and with the first of that name."""
         found: list[wire.Event] = []
         while True:
-            for event in self._parser.feed(self._peer.recv(65536)):
-                found.append(event)
+            data = self._peer.recv(65536)
+            assert data, f"the stream ended before {name}, after {found}"
+            found += self._parser.feed(data)
             if any(e.name == name and subject in (None, e.subject) for e in found):
                 return found
 

@@ -147,7 +147,7 @@ def test_a_qube_that_gets_the_tag_loses_its_netvm(instance: Instance) -> None:
         if way == "missed":
             instance.kill(SERVICE)
             instance.wait_restarted(SERVICE, old)
-        instance.until(lambda: _now(instance, "tagged") == "", 15, "it has no netvm")
+        instance.until(lambda: _now(instance, "tagged") == "", 30, "it has no netvm")
         assert "refuses" in _netvm(instance, "tagged")
         instance.ok("admin.vm.tag.Remove", "tagged", "offline")
 
@@ -205,7 +205,7 @@ def test_status_shows_one_that_does_not_answer(instance: Instance) -> None:
         assert (done.returncode == 0) is all(rows.values())
         return rows
 
-    instance.until(lambda: all(status().values()), 15, "all answer")
+    instance.until(lambda: all(status().values()), 30, "all answer")
     assert status()["ext-broken"] and status()[SERVICE]
     assert SERVICE in subprocess.run(command, capture_output=True, text=True, check=True).stdout
     pid = instance.pid(SERVICE)

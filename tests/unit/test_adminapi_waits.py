@@ -110,3 +110,45 @@ def test_the_end_of_taking_back_is_waited_for() -> None:
             await asyncio.wait_for(task, 5.0)
 
     asyncio.run(run())
+
+
+class Channel:
+    """A service that does at once what it is asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    async def call_with_header(self, method: str, *_: object, **__: object) -> tuple[Any, Any]:
+        self.calls.append(method)
+        return SimpleNamespace(revision=0, seq=0), None
+
+
+async def _ask(backend: backend_module.Backend, method: str, timeout: float) -> None:
+    await backend.call(method, cast(Any, None), cast(Any, None), timeout=timeout)
+
+
+def test_what_was_told_as_done_has_ended_for_whoever_asks_next() -> None:
+    async def run() -> None:
+        replica, waits = _bench()
+        replica.view.operations = {"op-1": _operation(OperationState.RUNNING)}
+        channel = Channel()
+        backend = backend_module.Backend.__new__(backend_module.Backend)
+        backend.operations, backend._ending = waits, set()
+        backend._context = cast(Any, SimpleNamespace(channel=lambda _: channel))
+        backend._await_end("op-1")
+        asked = asyncio.ensure_future(_ask(backend, "Registry.Mutate", 30.0))
+        await asyncio.wait_for(_ask(backend, "Lifecycle.Submit", 30.0), 5.0)
+        assert channel.calls == ["bulkhead.api.Lifecycle.Submit"] and not asked.done()
+        ended = _operation(OperationState.SUCCEEDED)
+        replica.view.operations = {"op-1": ended}
+        waits.on_entry(Entry(1, 1, changes=(OperationPut(ended),)))
+        await asyncio.wait_for(asked, 5.0)
+        assert backend._ending == set()
+        # An end that does not come holds up one call, and none after that.
+        replica.view.operations = {"op-1": _operation(OperationState.RUNNING)}
+        backend._await_end("op-1")
+        await asyncio.wait_for(_ask(backend, "Registry.Mutate", 0.05), 5.0)
+        await asyncio.wait_for(_ask(backend, "Registry.Mutate", 30.0), 5.0)
+        assert len(channel.calls) == 4
+
+    asyncio.run(run())
