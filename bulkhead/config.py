@@ -8,6 +8,7 @@ one instance reads the same settings, and paths are computed here only.
 from __future__ import annotations
 
 import json
+import pwd
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,10 @@ SERVICES: tuple[str, ...] = (
     "dispvm",
     "adminapi",
 )
+# Who runs QEMU under a private libvirtd, and its uid there where the host has no such user
+# (the one that Debian reserves for the name).
+QEMU_USER = "libvirt-qemu"
+QEMU_UID = 64055
 # Longest path that fits sockaddr_un with its NUL.
 SOCKET_PATH_LIMIT = 107
 
@@ -58,6 +63,16 @@ class Settings:
             return self.hypervisor
         path = self.hypervisor.removeprefix("qemu://").split("?", 1)[0]
         return f"qemu+unix://{path}?socket={self.libvirt_socket}"
+
+    @property
+    def qemu_uid(self) -> int | None:
+        """uid of qemu_user, None without one."""
+        if not self.qemu_user:
+            return None
+        try:
+            return pwd.getpwnam(self.qemu_user).pw_uid
+        except KeyError:
+            return QEMU_UID
 
     # ---- paths
 

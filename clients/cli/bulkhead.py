@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bulkhead import extensions
-from bulkhead.config import Settings, SettingsError
+from bulkhead.config import QEMU_USER, Settings, SettingsError
 from bulkhead.reflink import can_share_blocks
 from clients.cli.instance import accounts as account_table
 from clients.cli.instance import layout
@@ -299,7 +299,7 @@ def cmd_run(args: argparse.Namespace) -> int:
         isolated=isolated,
         users={name: account.uid for name, account in accounts.items()},
         uplink_namespace=args.uplink_namespace,
-        qemu_user="libvirt-qemu" if choice.own_libvirtd and isolated else "",
+        qemu_user=QEMU_USER if choice.own_libvirtd and isolated else "",
         libvirt_socket=str(probe.bus_dir / "libvirt/libvirt-sock") if choice.own_libvirtd else "",
     )
     settings.check()

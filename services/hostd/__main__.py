@@ -7,7 +7,6 @@ is `ip`, `setpriv` and the enforce worker.
 from __future__ import annotations
 
 import os
-import pwd
 from pathlib import Path
 
 from bulkhead.bus.confine import Confinement
@@ -38,10 +37,7 @@ _CALLS = ("setns", "unshare", "mount", "umount2")
 
 def _owner(settings: Settings) -> int:
     """QEMU's user, who opens the taps; root where none is named."""
-    try:
-        return pwd.getpwnam(settings.qemu_user).pw_uid if settings.qemu_user else 0
-    except KeyError:
-        return 0
+    return settings.qemu_uid or 0
 
 
 async def build(context: ServiceContext) -> HostdHandlers:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import pwd
 import stat
 import subprocess
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 from bulkhead.bus.errors import BusError
 from bulkhead.config import SERVICES, Settings, SettingsError
 from clients.cli.instance import operator, policy
+from clients.cli.instance.accounts import DISK_GROUP, disk_gid
 
 # The widest mode that each kind of path may have.
 SOCKET_DIRECTORY_MODE = 0o2710
@@ -141,32 +141,24 @@ def _sockets(settings: Settings) -> Iterator[Finding]:
 
 def _images(settings: Settings) -> Iterator[Finding]:
     """Can QEMU's user open the images of running qubes?"""
-    user = settings.qemu_user
-    if not user or os.getuid() != 0 or settings.hypervisor.startswith(("sim:", "xen")):
+    uid = settings.qemu_uid
+    if uid is None or os.getuid() != 0 or settings.hypervisor.startswith(("sim:", "xen")):
         return
-    try:
-        account = pwd.getpwnam(user)
-    except KeyError:
-        yield Finding(
-            f"user {user}",
-            "does not exist, though QEMU should run as it",
-            "install libvirt's packages again",
-        )
-        return
+    disk = disk_gid()
     for image in settings.state_dir.glob("appvms/*/*-dirty.img"):
         done = subprocess.run(
             ["/usr/bin/test", "-r", str(image)],
             check=False,
             timeout=10,
-            user=account.pw_uid,
-            group=account.pw_gid,
-            extra_groups=os.getgrouplist(user, account.pw_gid),
+            user=uid,
+            group=disk,
+            extra_groups=[disk],
         )
         if done.returncode != 0:
             yield Finding(
                 str(image),
-                f"user {user} cannot read it",
-                f"add {user} to group bulkhead-disk and restart libvirtd",
+                f"{settings.qemu_user}, who runs QEMU, cannot read it",
+                f"chgrp {DISK_GROUP} {image}; chmod g+rw {image}",
             )
 
 

@@ -20,15 +20,14 @@ import shutil
 import sys
 from pathlib import Path
 
-from bulkhead.config import SOCKET_PATH_LIMIT
+from bulkhead.config import QEMU_UID, QEMU_USER, SOCKET_PATH_LIMIT
 
 from . import reaper, rooms
 
 # Names below the state directory. Short: sockets of guests lie below them in a session.
 SOCKET = "libvirt-sock"
 SEARCH = "/usr/sbin:/usr/bin:/sbin:/bin"
-# Who runs QEMU: known inside the namespace only, and in the group of running images.
-QEMU_USER = "libvirt-qemu"
+# QEMU's user is in it; known inside the namespace only, where the host has no such user.
 DISK_GROUP = "bulkhead-disk"
 
 _DAEMON = """unix_sock_dir = "{directory}"
@@ -101,8 +100,8 @@ def _accounts(state: Path, uid: int) -> None:
     """Copies of passwd and group in which the users that libvirt looks up exist."""
     users, groups = Path("/etc/passwd").read_text(), Path("/etc/group").read_text()
     if f"\n{QEMU_USER}:" not in users:
-        users += f"{QEMU_USER}:x:64055:64055::/var/lib/libvirt:/usr/sbin/nologin\n"
-        groups += f"{QEMU_USER}:x:64055:\n"
+        users += f"{QEMU_USER}:x:{QEMU_UID}:{QEMU_UID}::/var/lib/libvirt:/usr/sbin/nologin\n"
+        groups += f"{QEMU_USER}:x:{QEMU_UID}:\n"
     try:
         pwd.getpwuid(uid)
     except KeyError:
