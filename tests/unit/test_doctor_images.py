@@ -13,6 +13,7 @@ import pytest
 
 from bulkhead.config import QEMU_UID, Settings
 from clients.cli.instance import doctor
+from clients.cli.instance.accounts import DISK_GROUP
 
 GROUP = 64056
 NOBODY = "bulkhead-no-such-user"
@@ -59,4 +60,4 @@ def test_an_image_that_qemu_cannot_read_is_named_with_a_remedy(
     closed = image(settings, "closed", 0o660, 0)
     (finding,) = doctor._images(settings)
     assert finding.object == str(closed)
-    assert f"chgrp {doctor.DISK_GROUP} {closed}" in finding.remedy
+    assert f"chgrp {DISK_GROUP} {closed}" in finding.remedy
