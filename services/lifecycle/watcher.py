@@ -17,7 +17,6 @@ from bulkhead.api import domains_pb2, firewall_pb2, storage_pb2
 from bulkhead.bus.client import CallContext
 from bulkhead.bus.errors import BusError
 from bulkhead.bus.events import Entry
-from bulkhead.model.evaluate import provides_network
 from bulkhead.model.records import (
     DeviceFact,
     FactPut,
@@ -34,7 +33,7 @@ from bulkhead.model.records import (
 )
 from bulkhead.model.specs import ApplySpec, AttachSpec, StoppedSpec
 from services.lifecycle.core import attaching, saga, stops
-from services.lifecycle.core.guest_keys import clients_of, shown_or_heard_by
+from services.lifecycle.core.guest_keys import shown_or_heard_by
 from services.lifecycle.executor import Executor
 
 log = logging.getLogger("bulkhead.lifecycle")
@@ -140,21 +139,19 @@ class Watcher:
             self._queue.put_nowait(spec)
 
     def _reconnect(self, provider_uuid: str) -> None:
-        """Running clients of a netvm that came back get their interface and rules again;
-        those of a guivm or audiovm learn where it is now."""
+        """Who is shown or heard by a guivm or audiovm that came back learns where it is now.
+
+        Clients of a netvm are brought up to date by the end of its start itself.
+        """
         view = self.executor.replica.view
         provider = view.by_uuid(provider_uuid)
         if provider is None:
             return
-        clients = {client.uuid: client for client in shown_or_heard_by(view, provider)}
-        if provides_network(provider):
-            clients |= {client.uuid: client for client in clients_of(view, provider)}
-        for client in clients.values():
-            if client.run.phase is Phase.UP:
-                self._queue.put_nowait(ApplySpec(client.uuid, client.run.boot_id, client.revision))
+        for client in shown_or_heard_by(view, provider):
+            self._queue.put_nowait(ApplySpec(client.uuid, client.run.boot_id, client.revision))
 
     async def run_stops(self) -> None:
-        """Begin what was noticed: STOPPED, APPLY for clients of a netvm that is back, ATTACH."""
+        """Begin what was noticed: STOPPED, APPLY for who is shown or heard elsewhere, ATTACH."""
         while True:
             spec = await self._queue.get()
             # A new id each time: a stored refusal must not answer for a boot for ever. That a

@@ -73,6 +73,11 @@ class World:
             keys = self.keys(qube)
             assert {key: keys.get(key) for key in expected} == expected
 
+    def applies(self, qube: str) -> int:
+        """How often it was brought up to date, or is being."""
+        rows = [json.loads(line) for line in self.ok("bulkhead.op.List").splitlines()]
+        return sum(row["kind"] == "APPLY" and qube in row["qubes"] for row in rows)
+
     def plugs(self, qube: str = "work") -> list[tuple[str, str, bool]]:
         """(MAC, backend, plugged into the backend's present boot) of each interface."""
         found = []
@@ -413,9 +418,12 @@ def test_clients_follow_a_netvm_that_is_started_anew(world: World) -> None:
     assert world.plugs() == plug
     world.ok("admin.vm.Kill", "net2")
     assert world.plugs() == []
+    before = world.applies("work")
     world.ok("admin.vm.Start", "net2")
     world.instance.until(lambda: world.plugs() == plug, SOON_S, "it is plugged again")
-    assert f"/qubes-firewall/{IP['work']}/0000" in world.keys("net2")
+    world.until("net2", {f"/qubes-firewall/{IP['work']}/0000": ACCEPT})
+    # By one operation, begun with the end of the start.
+    assert world.applies("work") == before + 1
     # One that sleeps meanwhile cannot let go, and hangs at nothing when it goes on.
     world.ok("admin.vm.Pause", "work")
     world.ok("admin.vm.Kill", "net2")

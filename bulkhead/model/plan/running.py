@@ -198,11 +198,13 @@ def _was_spawned(view: View, operation: Operation, qube: Qube) -> bool:
 
 
 def _connect_clients(draft: Draft, netvm: Qube) -> None:
-    """Running clients get their interface back, and what they could not get while this
-    was off; paused ones wait."""
+    """Running clients get their interface and rules back, and what they could not get while
+    this was off. Paused ones get the rules; the rest waits until they go on."""
     for client in by_name(clients_of(draft.view, netvm)):
-        if client.run.phase is Phase.UP and power_state(draft.view, client) != "Paused":
-            draft.live(draft.qube(client.uuid))
+        if client.run.phase is not Phase.UP:
+            continue
+        draft.live(draft.qube(client.uuid))
+        if power_state(draft.view, client) != "Paused":
             apply_deferred_netvm(draft, client)
 
 
