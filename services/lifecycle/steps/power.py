@@ -23,6 +23,7 @@ from services.lifecycle.steps.start import (
     CALL_TIMEOUT_S,
     boot_id,
     boot_ref,
+    cancel_asked,
     end_namespace,
     running_boot,
     stop_volumes,
@@ -169,8 +170,7 @@ class Stopped(_Forward):
             limit = asyncio.get_running_loop().time() + seconds
         boot_of = boot_id(context)
         while True:
-            asked = context.view.operations.get(context.operation.id)
-            if limit is not None and asked is not None and asked.cancel_requested:
+            if limit is not None and cancel_asked(context):
                 raise StepFailed(
                     Problem(
                         "CANCELLED",

@@ -7,6 +7,7 @@ forward() and undo() may be repeated.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ from bulkhead.model.evaluate import (
 )
 from bulkhead.model.features import truthy
 from bulkhead.model.plan.devices import identity
-from bulkhead.model.records import OperationState, Phase, Problem, Qube
+from bulkhead.model.records import Operation, OperationState, Phase, Problem, Qube
 from bulkhead.model.specs import StartSpec
 from services.lifecycle.core import boot, guest_keys
 from services.lifecycle.executor import Outcome, Step, StepContext, StepFailed
@@ -35,6 +36,12 @@ NETVM_TIMEOUT_S = 3600.0
 CALL_TIMEOUT_S = 30.0
 STORAGE_TIMEOUT_S = 120.0
 DOMAIN_TIMEOUT_S = 120.0
+
+
+def cancel_asked(context: StepContext) -> bool:
+    """Somebody wants the operation to end: a step that only waits gives up."""
+    latest = context.view.operations.get(context.operation.id)
+    return latest is not None and latest.cancel_requested
 
 
 def subject(context: StepContext) -> Qube:
@@ -127,23 +134,27 @@ async def _keep_for_guests(context: StepContext, qube: Qube) -> None:
 
 
 class Netvm:
-    """The netvm runs: started by an operation of its own, which this one waits for."""
+    """The netvm runs: started by an operation of its own, which this one waits for, for as
+    long as it is the netvm and nobody wants this start to end.
+
+    So two starts never wait for each other: records refuse loops, and who waits for a qube
+    that is the netvm no more goes on.
+    """
 
     async def forward(self, context: StepContext) -> Outcome:
-        qube = subject(context)
         while True:
+            qube = subject(context)
             backend = boot.netvm(context.view, qube)
-            if backend is None or is_running(context.view, backend):
+            if backend is None or is_running(context.view, backend) or cancel_asked(context):
                 return Outcome()
             if backend.run.phase is Phase.STOPPING:
                 await context.executor.changed(1.0)
                 continue
             call = context.call(f"netvm/{backend.uuid}")
             operation, _, _ = await context.executor.begin(StartSpec(backend.name), call)
-            try:
-                ended = await context.executor.finished(operation, NETVM_TIMEOUT_S)
-            except TimeoutError as error:
-                raise StepFailed(_netvm_problem(qube, backend, "it takes too long")) from error
+            ended = await self._started(context, backend, operation)
+            if ended is None:
+                continue
             if ended.state is not OperationState.SUCCEEDED:
                 if ended.error is None:
                     raise StepFailed(_netvm_problem(qube, backend, ended.state.value))
@@ -152,6 +163,30 @@ class Netvm:
             if not is_running(context.view, context.view.by_uuid_any(backend.uuid) or backend):
                 await context.executor.changed(1.0)
                 context.attempt += 1
+
+    @staticmethod
+    async def _started(
+        context: StepContext, backend: Qube, operation: Operation
+    ) -> Operation | None:
+        """The netvm's start when it has ended; None where it is not waited for any more."""
+        executor = context.executor
+        ended = asyncio.ensure_future(executor.finished(operation, NETVM_TIMEOUT_S))
+        try:
+            while not ended.done():
+                wanted = boot.netvm(context.view, subject(context))
+                if wanted is None or wanted.uuid != backend.uuid or cancel_asked(context):
+                    return None
+                changed = asyncio.ensure_future(executor.changed(1.0))
+                try:
+                    await asyncio.wait({ended, changed}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    changed.cancel()
+            return ended.result()
+        except TimeoutError as error:
+            problem = _netvm_problem(subject(context), backend, "it takes too long")
+            raise StepFailed(problem) from error
+        finally:
+            ended.cancel()
 
     async def undo(self, context: StepContext) -> None:
         """A netvm that was started for this stays: others may use it by now."""
