@@ -105,11 +105,13 @@ fuzz: setup
 	@$(BIN)/python -m tests.system.fuzz_admin $(FUZZ)
 
 bench: setup kernel
-	@for script in bench/*.py; do
+	@beyond=0
+	for script in bench/*.py; do
 	  case "$$script" in bench/__init__.py|bench/_*) continue;; esac
 	  echo "== $$script"
-	  $(BIN)/python "$$script"
+	  $(BIN)/python "$$script" || beyond=1
 	done
+	exit $$beyond
 
 demo: setup kernel
 	@$(BIN)/python -m clients.cli.demo
