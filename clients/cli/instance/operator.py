@@ -41,14 +41,7 @@ def health(
     """One service's row; ready False with a reason when it does not answer in time."""
     row: Row = {"service": service, "pid": child.get("pid"), "restarts": child["restarts"]}
     try:
-        health = operator_call(
-            settings,
-            service,
-            "bulkhead.api.Control.Health",
-            control_pb2.HealthRequest(),
-            control_pb2.HealthReply,
-            timeout,
-        )
+        health = _ask_health(settings, service, timeout)
         row.update(
             user=_user(health.uid),
             ready=health.ready,
@@ -79,15 +72,18 @@ def health(
 
 def counters(settings: Settings, service: str) -> dict[str, int]:
     """A service's counters. BusError where it does not answer in time."""
-    health = operator_call(
+    return dict(_ask_health(settings, service, TIMEOUT_S).counters)
+
+
+def _ask_health(settings: Settings, service: str, timeout: float) -> control_pb2.HealthReply:
+    return operator_call(
         settings,
         service,
         "bulkhead.api.Control.Health",
         control_pb2.HealthRequest(),
         control_pb2.HealthReply,
-        TIMEOUT_S,
+        timeout,
     )
-    return dict(health.counters)
 
 
 def _user(uid: int) -> str:
