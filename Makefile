@@ -13,11 +13,11 @@ CACHE := .cache
 export PYTHONDONTWRITEBYTECODE :=
 
 APT_RUN := python3-venv python3-libvirt python3-nftables iproute2 e2fsprogs xfsprogs btrfs-progs qemu-utils
-APT_TEST := libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients qemu-system-x86 nftables procps busybox-static strace util-linux
+APT_TEST := libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients qemu-system-x86 nftables procps busybox-static strace util-linux iptables
 APT_ALL := $(APT_RUN) $(APT_TEST)
 DNF_ALL := python3 python3-pip python3-libvirt python3-nftables iproute e2fsprogs xfsprogs btrfs-progs qemu-img \
   libvirt-daemon libvirt-daemon-driver-qemu libvirt-client qemu-system-x86-core nftables procps-ng busybox strace util-linux cpio xz zstd \
-  dnf-plugins-core
+  dnf-plugins-core iptables-nft
 
 .PHONY: help setup packages venv kernel check test unit contract integration fault fuzz bench demo install clean
 

@@ -414,3 +414,9 @@ def digest(rules: Sequence[Rule]) -> str:
     """Hex sha256 of the rules' API lines, whatever the time; equal lists, equal digests."""
     text = "".join(f"{api_line(rule)}\n" for rule in rules)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def iptables_owner(uuid: str, address: str) -> tuple[str, str]:
+    """The first lines of a client's iptables-save text: comments that say whose it is, and
+    by which it is found where the client left."""
+    return f"# {uuid}", f"# {address}"

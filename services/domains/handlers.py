@@ -47,7 +47,7 @@ from .adapters.hypervisor import (
 from .adapters.qmemman import MemoryManager
 from .core import spec as specs
 from .core.devices import BLOCK_KEYS, DeviceBook, block_facts
-from .core.guest_keys import check_subtree
+from .core.guest_keys import KeysOf, check_subtree
 from .core.memory import MemoryLedger
 from .core.power import HALTED, PAUSED, PMSUSPENDED, RUNNING
 from .core.reasons import DomainsError
@@ -111,6 +111,13 @@ def _answers(
     answering.__name__ = getattr(method, "__name__", "answering")
     answering.__doc__ = method.__doc__
     return answering
+
+
+def _keys_of(request: domains_pb2.WriteGuestKeysRequest) -> KeysOf | None:
+    if not request.HasField("removed_of"):
+        return None
+    asked = request.removed_of
+    return KeysOf(asked.below, frozenset(asked.lines), (asked.news.path, asked.news.value))
 
 
 class QubeQueue:
@@ -996,6 +1003,7 @@ class DomainsHandlers:
                     list(request.removed),
                     request.replace_all,
                     changed_only=request.changed_only,
+                    removed_of=_keys_of(request),
                 )
                 if any(key.path.startswith(BLOCK_KEYS) for key in request.keys) or any(
                     BLOCK_KEYS.startswith(path) or path.startswith(BLOCK_KEYS)

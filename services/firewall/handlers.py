@@ -53,7 +53,9 @@ class FirewallHandlers:
             found.ip,
             found.ip6,
         )
-        count, keys = await self._finish(self._keeper.apply(target, found.strict_names))
+        count, keys = await self._finish(
+            self._keeper.apply(target, found.strict_names, request.iptables_xid)
+        )
         return firewall_pb2.ApplyReply(rules=count, guest_keys=keys)
 
     async def withdraw(

@@ -33,7 +33,7 @@ from bulkhead.model.firewall_rules import (
 from services.firewall import failpoint_table  # noqa: F401  (declares the rows)
 from services.firewall.adapters.rules_files import RulesFiles
 from services.firewall.adapters.state_files import StateFiles
-from services.firewall.core import flows, guest_keys, rules_file, ruleset
+from services.firewall.core import flows, guest_keys, iptables, rules_file, ruleset
 from services.firewall.core.enforcement import (
     Enforcer,
     EnforcerGone,
@@ -372,9 +372,12 @@ class RuleKeeper:
 
     # ---- the kernel
 
-    async def apply(self, target: Target, strict: bool) -> tuple[int, tuple[str, ...]]:
+    async def apply(
+        self, target: Target, strict: bool, iptables_xid: int = 0
+    ) -> tuple[int, tuple[str, ...]]:
         """The qube's rules are enforced from now on: (rules, guest keys for a guest netvm).
 
+        iptables_xid: its xid where the guest netvm reads iptables-save text, 0 = none.
         BusError KERNEL_REFUSED (its traffic is refused), ENFORCER_UNAVAILABLE, NETVM_NOT_UP.
         """
         uuid = target.uuid
@@ -401,8 +404,23 @@ class RuleKeeper:
                 await self._enforce(uuid, stored, Applied(target, strict, {}))
             except (KernelRefusal, EnforcerGone) as error:
                 await self._fail_apply(uuid, target.qube, error)
-            keys = guest_keys.trees(stored.rules, (target.ip, target.ip6), self._now())
-            return count, keys if not target.namespace else ()
+            return count, () if target.namespace else self._guest_keys(target, stored, iptables_xid)
+
+    def _guest_keys(self, target: Target, stored: Stored, xid: int) -> tuple[str, ...]:
+        """ "path=value" of all that the guest netvm is to know of the client's rules."""
+        now = self._now()
+        keys = guest_keys.trees(stored.rules, (target.ip, target.ip6), now)
+        if not xid or not target.ip:
+            return keys
+        texts, whole = iptables.keys(stored.rules, target.uuid, target.ip, xid, now)
+        if not whole:
+            self._log.warning(
+                "the netvm of %s takes its rules as one iptables text only, which cannot hold "
+                "them%s: all its traffic is refused there",
+                target.qube,
+                f" ({stored.why})" if stored.why else "",
+            )
+        return *keys, *(f"{path}={value}" for path, value in texts)
 
     async def _fail_apply(self, uuid: str, qube: str, error: KernelRefusal | EnforcerGone) -> None:
         if isinstance(error, EnforcerGone):

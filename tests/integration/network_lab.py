@@ -204,13 +204,14 @@ class Lab:
 
         return inside(self.clients[qid], work)
 
-    def ping(self, qid: int, host: str = SERVER) -> bool:
-        """An echo request from the client is answered."""
+    def ping(self, qid: int, host: str = SERVER, flow: int = 0x1234) -> bool:
+        """An echo request from the client is answered. flow: as long as it is the same,
+        rules see one flow."""
 
         def work() -> bool:
             with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as made:
                 made.settimeout(ANSWER_S)
-                body = b"\x08\x00\x00\x00\x12\x34\x00\x01"
+                body = b"\x08\x00\x00\x00" + flow.to_bytes(2, "big") + b"\x00\x01"
                 total = sum(int.from_bytes(body[i : i + 2], "big") for i in range(0, 8, 2))
                 total = ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
                 made.sendto(body[:2] + total.to_bytes(2, "big") + body[4:], (host, 0))

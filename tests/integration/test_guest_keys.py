@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from services.domains.simhv.client import SimControl
+from services.firewall.core.iptables import header
 from services.lifecycle.steps.start import CALL_TIMEOUT_S, host_timezone
 from tests.instance import Instance, running
 from tests.integration.adminapi_world import KERNEL, add_kernel
@@ -101,6 +102,7 @@ def world() -> Iterator[World]:
         for name in ("net", "net2", "fw"):
             w.set(name, "provides_network", "True")
         w.feature("net", "ipv6")
+        w.feature("net", "qubes-firewall")
         w.set("fw", "netvm", "net")
         w.set("work", "netvm", "fw")
         w.set("idle", "netvm", "fw")
@@ -176,6 +178,21 @@ def provider(name: str, client: str) -> dict[str, str]:
     }
 
 
+OF_IPTABLES = ("/qubes-iptables-h", "/qubes-iptables-domainrules/", "/qubes-iptables")
+
+
+def iptables(world: World, *clients: str, rules: str = "-j ACCEPT") -> dict[str, str]:
+    """What a network qube without feature qubes-firewall is told of running clients."""
+    found = {"/qubes-iptables-header": header(), "/qubes-iptables": "reload"}
+    for name in clients:
+        xid = world.xid(name)
+        lines = [f"# {world.uuid(name)}", f"# {IP[name]}", "*filter", f":q{xid} - [0:0]"]
+        lines.append(f"-A clients -s {IP[name]} -j q{xid}")
+        lines += [f"-A q{xid} {rule}" for rule in (*filter(None, rules.split("|")), "-j refuse")]
+        found[f"/qubes-iptables-domainrules/{xid}"] = "\n".join([*lines, "COMMIT", ""])
+    return found
+
+
 def client(name: str, netvm: str) -> dict[str, str]:
     return {
         "/qubes-mac": "00:16:3e:5e:6c:00",
@@ -229,6 +246,7 @@ def test_all_that_is_told_at_a_start(world: World) -> None:
             **of_core("fw", "AppVM", "tmpl", "rw-only"),
             **provider("fw", "work"),
             **client("fw", "net"),
+            **iptables(world, "work"),
             "/qubes-vm-type": "ProxyVM",
             # Clients that do not run are named too.
             "/connected-ips": f"{IP['idle']} {IP['work']}",
@@ -339,6 +357,71 @@ def test_rules_reach_the_network_qube(world: World) -> None:
     world.until("fw", {f"{base}/0001": None, f"{base}/0000": ACCEPT})
 
 
+def test_rules_reach_a_network_qube_that_reads_iptables_text(world: World) -> None:
+    def text(*clients: str, rules: str = "-j ACCEPT") -> None:
+        wanted = iptables(world, *clients, rules=rules)
+        world.instance.until(
+            lambda: world.keys("fw", *OF_IPTABLES) == wanted, SOON_S, "the text is there"
+        )
+
+    text("work")
+    world.ok(
+        "admin.vm.firewall.Set",
+        "work",
+        "",
+        "action=accept dst4=1.2.3.4 proto=tcp dstports=80 comment=COMMIT\naction=drop dst6=::1\n"
+        "action=accept dsthost=example.com\n",
+    )
+    text("work", rules="-d 1.2.3.4/32 -p tcp --dport 80 -j ACCEPT|-d example.com -j ACCEPT")
+    world.ok("admin.vm.firewall.Set", "work", "", "action=drop\n")
+    text("work", rules="-j refuse")
+    # More than one key holds: nothing passes.
+    many = [f"action=accept dst4=10.0.{n}.0/24 proto=tcp dstports=80" for n in range(99)]
+    world.ok("admin.vm.firewall.Set", "work", "", "".join(f"{line}\n" for line in many))
+    text("work", rules="")
+    world.ok("admin.vm.firewall.Set", "work", "", "action=accept\n")
+    text("work")
+    # A stop takes it away, a start brings that of the new boot.
+    before = world.xid("work")
+    world.ok("admin.vm.Kill", "work")
+    text()
+    world.ok("admin.vm.Start", "work")
+    assert world.xid("work") != before
+    text("work")
+    # The netvm says that it knows /qubes-firewall: its own is enough.
+    assert world.keys("net", *OF_IPTABLES) == {}
+    world.feature("fw", "qubes-firewall")
+    world.ok("admin.vm.firewall.Set", "work", "", "action=drop\n")
+    world.until("fw", {f"/qubes-firewall/{IP['work']}/0000": "action=drop"})
+    text("work")
+    world.feature("fw", "qubes-firewall", None)
+    world.ok("admin.vm.firewall.Set", "work", "", "action=accept\n")
+    text("work")
+
+
+def test_an_iptables_text_that_a_boot_left_goes_with_the_next_one(world: World) -> None:
+    """A stop that never got to it, and another qube that had the address."""
+    directory = world.instance.root / "run/bulkhead/domains/guest-keys"
+    file = directory / f"{world.uuid('fw')}.json"
+    content = json.loads(file.read_text())
+    prefix = "/qubes-iptables-domainrules"
+    content["keys"] |= {
+        f"{prefix}/901": f"# {world.uuid('work')}\n# 10.137.9.9\n*filter\nCOMMIT\n",
+        f"{prefix}/902": f"# of another\n# {IP['work']}\n*filter\nCOMMIT\n",
+        f"{prefix}/903": "# of another\n# 10.137.9.9\n*filter\nCOMMIT\n",
+    }
+    file.write_text(json.dumps(content))
+    world.ok("admin.vm.firewall.Reload", "work")
+    left = f"{prefix}/903"
+    world.until("fw", {f"{prefix}/901": None, f"{prefix}/902": None})
+    found = world.keys("fw", *OF_IPTABLES)
+    assert found.pop(left) == content["keys"][left]
+    assert found == iptables(world, "work")
+    content = json.loads(file.read_text())
+    del content["keys"][left]
+    file.write_text(json.dumps(content))
+
+
 def closed(name: str, *, six: bool = True) -> dict[str, str]:
     """All that a former network qube still has of a client: it lets nothing through."""
     found: dict[str, str] = {}
@@ -351,7 +434,7 @@ def test_a_change_of_netvm_replugs_and_tells_all_three(world: World) -> None:
     world.set("work", "debug", "True")
     network = ("/qubes-ip", "/qubes-gateway", "/qubes-mac", "/qubes-netmask", "/qubes-debug")
     dns = ("/qubes-primary", "/qubes-secondary")
-    there = ("/connected", "/mapped", "/qubes-firewall/")
+    there = ("/connected", "/mapped", "/qubes-firewall/", *OF_IPTABLES)
     assert world.plugs() == [("00:16:3e:5e:6c:00", "fw", True)]
     world.set("work", "netvm", "net2")
     assert world.plugs() == [("00:16:3e:5e:6c:00", "net2", True)]
@@ -360,6 +443,7 @@ def test_a_change_of_netvm_replugs_and_tells_all_three(world: World) -> None:
     assert world.keys("work", *network, *dns) == told
     assert world.keys("fw", *there) == {
         **closed("work"),
+        **iptables(world),
         "/connected-ips": IP["idle"],
         "/connected-ips6": IP6["idle"],
     }
@@ -371,12 +455,14 @@ def test_a_change_of_netvm_replugs_and_tells_all_three(world: World) -> None:
         f"/qubes-firewall/{IP['work']}/policy": "drop",
         f"/qubes-firewall/{IP['work']}/0000": ACCEPT,
         f"/qubes-firewall/{IP['work']}": "",
+        **iptables(world, "work"),
     }
     world.set("work", "netvm", "")
     assert world.plugs() == []
     assert world.keys("work", *network, *dns) == {"/qubes-debug-mode": "1"}
     assert world.keys("net2", *there) == {
         **closed("work", six=False),
+        **iptables(world),
         "/connected-ips": "",
         "/connected-ips6": "",
     }

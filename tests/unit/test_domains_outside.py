@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from services.domains.adapters.hypervisor import (
 from services.domains.adapters.namespaces import XID_BASE, WithNamespaces
 from services.domains.adapters.sim_adapter import SimHypervisor
 from services.domains.adapters.xenstore import Xenstore
+from services.domains.core.guest_keys import KeysOf
 from services.domains.core.reasons import DomainsError
 from services.domains.core.spec import DiskSpec, DomainSpec
 from services.domains.core.tracker import Sighting
@@ -324,6 +327,70 @@ def test_nobody_is_woken_for_what_has_not_changed(monkeypatch: pytest.MonkeyPatc
         # Where writing is the news, as of rules, everything is written.
         await keys.write(boot, wanted, [], False)
         assert FakeQubesDb.written[2:] == [path for path, _ in wanted]
+
+    run(body)
+
+
+TEXTS = KeysOf("/texts/", frozenset({"# me", "# 10.0.0.1"}), ("/texts-news", "reload"))
+MINE, ALSO_MINE, OTHERS = "# me\n# x\nrule", "# you\n# 10.0.0.1\nrule", "# you\n# me too\nrule"
+
+
+def test_keys_of_somebody_go_and_it_is_told_where_any_went(tmp_path: Path) -> None:
+    boot, keys = Boot(UUID, "b1", "work"), FileKeys(tmp_path)
+    there = [("/texts/1", MINE), ("/texts/2", ALSO_MINE), ("/texts/3", OTHERS), ("/text", MINE)]
+
+    async def body() -> None:
+        await keys.write(boot, there, [], False)
+        await keys.write(boot, [("/texts/2", "new")], [], False, removed_of=TEXTS)
+        left = {"/texts/2": "new", "/texts/3": OTHERS, "/text": MINE, "/texts-news": "reload"}
+        assert await keys.read(boot, "") == left
+        await keys.write(boot, [("/texts-news", "")], [], False)
+        await keys.write(boot, [], [], False, removed_of=TEXTS)
+        assert await keys.read(boot, "") == {**left, "/texts-news": ""}
+        for wrong in (replace(TEXTS, below="/texts"), replace(TEXTS, news=("x", ""))):
+            with pytest.raises(DomainsError):
+                await keys.write(boot, [], [], False, removed_of=wrong)
+
+    run(body)
+
+
+@pytest.mark.parametrize("dies_at", [None, *range(4)])
+def test_keys_of_somebody_are_empty_until_it_is_told(
+    monkeypatch: pytest.MonkeyPatch, dies_at: int | None
+) -> None:
+    """Killed at any moment and repeated: whoever reads after the news finds none of it."""
+    there = {"/texts/1": MINE.encode(), "/texts/3": OTHERS.encode(), "/texts-news": b"reload"}
+    monkeypatch.setattr(FakeQubesDb, "guests", {"work": dict(there)})
+    effects: list[str] = []
+    read: list[dict[str, bytes]] = []
+
+    class Dying(FakeQubesDb):
+        def write(self, path: str, value: bytes) -> None:
+            self._effect(path)
+            super().write(path, value)
+            if path == "/texts-news":
+                read.append({k: v for k, v in self.keys.items() if k.startswith("/texts/")})
+
+        def rm(self, path: str) -> None:
+            self._effect(f"-{path}")
+            super().rm(path)
+
+        @staticmethod
+        def _effect(what: str) -> None:
+            if len(effects) == dies_at:
+                effects.append("died")
+                raise OSError("killed")
+            effects.append(what)
+
+    async def body() -> None:
+        keys, boot = QubesDbKeys(Dying), Boot(UUID, "b1", "work")
+        with contextlib.suppress(DomainsError):
+            await keys.write(boot, [], [], False, changed_only=True, removed_of=TEXTS)
+        await keys.write(boot, [], [], False, changed_only=True, removed_of=TEXTS)
+        assert FakeQubesDb.guests["work"] == {k: v for k, v in there.items() if k != "/texts/1"}
+        assert read
+        assert all(b"rule" not in keys.get("/texts/1", b"") for keys in read)
+        assert ("died" in effects) is (dies_at in (0, 1, 2))
 
     run(body)
 

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from bulkhead.model.firewall_rules import Rule, parse_line, parse_lines
 from bulkhead.model.refusal import Refusal
-from services.firewall.core import dns_message, flows, guest_keys, names, rules_file, ruleset
+from services.firewall.core import (
+    dns_message,
+    flows,
+    guest_keys,
+    iptables,
+    names,
+    rules_file,
+    ruleset,
+)
 from services.firewall.core.enforcement import KernelRefusal
 from services.firewall.core.expiry import next_expiry, without_expired
 from services.firewall.core.planned_table import PlannedTable
@@ -194,6 +202,73 @@ def test_guest_keys_for_unreadable_rules_let_nothing_pass() -> None:
         "/qubes-firewall/10.137.0.20/policy=drop",
         "/qubes-firewall/10.137.0.20=",
     )
+
+
+# ---- iptables text; what the tool makes of it is an integration test
+
+
+def _text(lines: list[str]) -> tuple[list[str], bool]:
+    entries, whole = iptables.keys(parse_lines(lines), "u", "10.137.0.20", 7, NOW)
+    (header, _), (path, text), last = entries
+    assert (header, path) == ("/qubes-iptables-header", "/qubes-iptables-domainrules/7")
+    assert last == ("/qubes-iptables", "reload")
+    assert all(len(value) <= 3072 for _, value in entries)
+    head, tail = text.split("-A q7 ", 1)
+    assert head == "# u\n# 10.137.0.20\n*filter\n:q7 - [0:0]\n-A clients -s 10.137.0.20 -j q7\n"
+    rules = tail.removesuffix("\nCOMMIT\n").split("\n-A q7 ")
+    assert rules.pop() == "-j refuse"
+    return rules, whole
+
+
+def test_iptables_text_holds_the_rules_in_order_and_no_comment() -> None:
+    lines = [
+        "action=accept dst4=1.2.3.5/024 proto=tcp dstports=80-90 comment=-j ACCEPT",
+        "action=accept expire=5",
+        "action=drop dsthost=example.org proto=icmp icmptype=3",
+        "action=accept dst6=::1",
+    ]
+    assert _text(lines) == (
+        [
+            "-d 1.2.3.0/24 -p tcp --dport 80:90 -j ACCEPT",
+            "-d example.org -p icmp --icmp-type 3 -j refuse",
+        ],
+        True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "accept", "drop"),
+    [
+        # What cannot be said opens nothing where it accepts, and closes more where it drops.
+        ("dsthost=127.1 proto=udp", [], ["-p udp -j refuse"]),
+        ("dsthost=-j", [], ["-j refuse"]),
+        ("proto=icmp icmptype=255", [], ["-p icmp -j refuse"]),
+        ("specialtarget=dns dst4=10.0.0.1", ["-d 10.0.0.1/32 -j dns-accept"], ["-j dns-refuse"]),
+        # What can match no packet is left out.
+        ("specialtarget=dns dst6=::1", [], []),
+        ("specialtarget=dns proto=icmp", [], []),
+        ("specialtarget=dns proto=tcp dstports=53-54", [], []),
+        (
+            "specialtarget=dns proto=tcp dstports=53",
+            ["-p tcp -j dns-accept"],
+            ["-p tcp -j dns-refuse"],
+        ),
+    ],
+)
+def test_iptables_text_of_what_iptables_cannot_say(
+    line: str, accept: list[str], drop: list[str]
+) -> None:
+    assert _text([f"action=accept {line}"])[0] == accept
+    assert _text([f"action=drop {line}"])[0] == drop
+
+
+def test_iptables_text_that_is_too_long_lets_nothing_pass() -> None:
+    line = "action=accept dst4=200.200.200.0/24 proto=tcp dstports=10000-20000"
+    fits = next(n for n in range(1, 999) if not _text([line] * (n + 1))[1])
+    assert fits > 30
+    assert len(_text([line] * fits)[0]) == fits
+    assert _text([line] * (fits + 1)) == ([], False)
+    assert iptables.keys(None, "u", "10.137.0.20", 7, NOW)[1] is False
 
 
 # ---- translation

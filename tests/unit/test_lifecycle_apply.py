@@ -11,9 +11,10 @@ import pytest
 
 from bulkhead.bus.errors import BusError
 from bulkhead.model.records import FactPut, Operation, OperationState
-from bulkhead.model.specs import ApplySpec
+from bulkhead.model.specs import ApplySpec, StoppedSpec
 from services.lifecycle.executor import StepContext
 from services.lifecycle.steps.live import Apply
+from services.lifecycle.steps.power import WithdrawRules
 from tests.unit.plan_world import World, world
 
 
@@ -40,7 +41,7 @@ class Domains:
 class Firewall(Domains):
     async def apply(self, request: Any, **_: object) -> Any:
         self.calls.append(("apply", request))
-        return SimpleNamespace(guest_keys=[])
+        return SimpleNamespace(guest_keys=["/qubes-firewall/10.137.0.4/policy=drop"])
 
 
 @pytest.fixture
@@ -104,3 +105,49 @@ def test_the_guests_seed_and_lists_are_not_written_again(w: World) -> None:
         "/qubes-iptables-error",
         "/qubes-vm-type",
     }
+
+
+def _texts_taken(domains: Domains, *netvms: str, w: World) -> bool:
+    """The qube's iptables-save texts are taken from exactly these network qubes."""
+    found = {
+        request.boot.uuid
+        for request in domains.of("write_guest_keys")
+        if request.HasField("removed_of")
+    }
+    return found == {w.qube(name).uuid for name in netvms}
+
+
+def _ended(w: World, domains: Domains) -> None:
+    """The stop of work, as far as rules are concerned."""
+    record = w.qube("work")
+    spec = StoppedSpec(record.uuid, record.run.boot_id)
+    data = {"boot_id": record.run.boot_id}
+    operation = Operation("op", "STOPPED", spec, (record.uuid,), OperationState.RUNNING, data=data)
+    participants: Any = SimpleNamespace(domains=domains, firewall=Firewall(), hostd=None)
+    executor: Any = SimpleNamespace(replica=SimpleNamespace(view=w.view))
+    context = StepContext(operation, "withdraw_rules", participants, 1, executor)
+    asyncio.run(WithdrawRules().forward(context))
+
+
+def test_texts_for_iptables_leave_every_netvm_that_may_have_one(w: World) -> None:
+    w.create("other-net")
+    w.set("other-net", "provides_network", "True")
+    w.start("other-net")
+    for act in (applied, _ended):
+        domains = Domains()
+        act(w, domains)
+        assert _texts_taken(domains, "sys-net", "other-net", w=w)
+    # One that does not answer holds up no stop, nor does one that knows /qubes-firewall.
+    w.feature("sys-net", "qubes-firewall")
+    domains = Domains()
+    domains.refuses["write_guest_keys"] = BusError("UNAVAILABLE", "GUEST_DAEMON_FAILED", "late")
+    with pytest.raises(BusError):
+        _ended(w, domains)  # its own
+    w.set("work", "netvm", "")
+    domains.calls.clear()
+    _ended(w, domains)
+    assert _texts_taken(domains, "other-net", w=w)
+    w.feature("other-net", "qubes-firewall")
+    domains.calls.clear()
+    _ended(w, domains)
+    assert domains.of("write_guest_keys") == []

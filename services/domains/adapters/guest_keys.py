@@ -46,10 +46,11 @@ class GuestKeys(Protocol):
         replace_all: bool,
         *,
         changed_only: bool = False,
+        removed_of: guest_keys.KeysOf | None = None,
     ) -> None:
         """Change the keys of a boot. DomainsError on a limit; nothing is then changed.
 
-        changed_only: what has its value already is not written again.
+        changed_only: what has its value already is not written again, but for news.
         """
 
     async def read(self, boot: Boot, prefix: str) -> dict[str, str]:
@@ -107,11 +108,12 @@ class FileKeys:
         replace_all: bool,
         *,
         changed_only: bool = False,  # noqa: ARG002 - nobody watches a file
+        removed_of: guest_keys.KeysOf | None = None,
     ) -> None:
         async with self._lock(boot.uuid):
             content = await asyncio.to_thread(self._content, boot.uuid)
             present = self._of(boot, content)
-            keys = guest_keys.apply(present, written, removed, replace_all)
+            keys = guest_keys.apply(present, written, removed, replace_all, removed_of)
             if content != (boot.boot_id, keys):  # most changes of a qube leave others' as they are
                 await asyncio.to_thread(self._store, boot, keys)
 
@@ -177,8 +179,10 @@ class QubesDbKeys:
         replace_all: bool,
         *,
         changed_only: bool = False,
+        removed_of: guest_keys.KeysOf | None = None,
     ) -> None:
-        guest_keys.apply({}, written, removed, replace_all)  # the limits, before any effect
+        # The limits, before any effect.
+        guest_keys.apply({}, written, removed, replace_all, removed_of)
 
         def work(database: Any) -> dict[str, str]:
             failpoints.hit("domains.keys.before")
@@ -192,9 +196,19 @@ class QubesDbKeys:
                     if key not in kept:
                         with contextlib.suppress(KeyError):
                             database.rm(key)
+            gone = {} if removed_of is None else self._of(database, removed_of, kept)
+            for path, emptied in gone.items():
+                # Found again, should the news not be written any more.
+                database.write(path, emptied.encode())
             for path, value in written:
                 if not changed_only or database.read(path) != value.encode():
                     database.write(path, value.encode())
+            if removed_of is not None and gone:
+                if removed_of.news not in written:
+                    database.write(removed_of.news[0], removed_of.news[1].encode())
+                for path in gone:
+                    with contextlib.suppress(KeyError):
+                        database.rm(path)
             failpoints.hit("domains.keys.after")
             return {}
 
@@ -202,13 +216,20 @@ class QubesDbKeys:
 
     async def read(self, boot: Boot, prefix: str) -> dict[str, str]:
         def work(database: Any) -> dict[str, str]:
-            untrusted = database.multiread(prefix or "/")
-            return {
-                str(path): bytes(untrusted_value).decode("utf-8", "replace")
-                for path, untrusted_value in untrusted.items()
-            }
+            return self._below(database, prefix or "/")
 
         return guest_keys.select(await self._run(boot, work), prefix)
+
+    @staticmethod
+    def _below(database: Any, prefix: str) -> dict[str, str]:
+        return {
+            str(path): bytes(untrusted_value).decode("utf-8", "replace")
+            for path, untrusted_value in database.multiread(prefix).items()
+        }
+
+    def _of(self, database: Any, removed_of: guest_keys.KeysOf, kept: set[str]) -> dict[str, str]:
+        found = removed_of.found(self._below(database, removed_of.below))
+        return {path: emptied for path, emptied in found.items() if path not in kept}
 
     async def drop(self, uuid: str, boot_id: str) -> None:
         """The database ends with its daemon."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from .reasons import DomainsError
 
@@ -16,6 +17,39 @@ KEY_BYTES = 63
 VALUE_BYTES = 3072
 STORE_KEYS = 16384
 _KEY = re.compile(r"/[a-zA-Z0-9_.:/-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class KeysOf:
+    """Keys below a path ("/x/") whose value has one of the lines, and the key that is
+    written where any went."""
+
+    below: str
+    lines: frozenset[str]
+    news: tuple[str, str]
+
+    def found(self, untrusted_keys: Mapping[str, str]) -> dict[str, str]:
+        """Those among the keys, each with the lines that it was found by and nothing else."""
+        found = {}
+        for path, untrusted_value in untrusted_keys.items():
+            if within(path, self.below):
+                own = [line for line in untrusted_value.split("\n") if line in self.lines]
+                if own:
+                    found[path] = "\n".join(own)
+        return found
+
+
+def check_keys_of(untrusted: KeysOf) -> KeysOf:
+    """A subtree and a key that may be written."""
+    if not untrusted.below.endswith("/"):
+        raise DomainsError(
+            "INVALID_GUEST_KEY",
+            f"{ascii(untrusted.below)[:100]} is no subtree: it must end with '/'.",
+            key=ascii(untrusted.below)[:100],
+        )
+    check_subtree(untrusted.below)
+    check_value(check_key(untrusted.news[0]), untrusted.news[1])
+    return untrusted
 
 
 def check_key(untrusted_path: str) -> str:
@@ -67,6 +101,7 @@ def apply(
     written: Iterable[tuple[str, str]],
     removed: Iterable[str],
     replace_all: bool,
+    removed_of: KeysOf | None = None,
 ) -> dict[str, str]:
     """The keys after one write: removals first, then values. DomainsError on a limit."""
     untrusted_written = list(written)
@@ -82,7 +117,12 @@ def apply(
             result = {path: value for path, value in result.items() if not within(path, prefix)}
         else:
             result.pop(prefix, None)
+    gone = set(check_keys_of(removed_of).found(result)) if removed_of is not None else set()
+    gone -= {path for path, _ in untrusted_written}
+    result = {path: value for path, value in result.items() if path not in gone}
     result.update(untrusted_written)
+    if removed_of is not None and gone:
+        result.update([removed_of.news])
     if len(result) > STORE_KEYS:
         raise DomainsError(
             "GUEST_KEYS_FULL",

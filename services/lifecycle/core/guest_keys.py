@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from bulkhead.model import addresses
 from bulkhead.model.evaluate import effective_default_user, evaluate, is_running, provides_network
 from bulkhead.model.features import exported_keys, feature, truthy
+from bulkhead.model.firewall_rules import iptables_owner
 from bulkhead.model.power import current_power
 from bulkhead.model.records import Phase, Qube
 from bulkhead.model.view import View
@@ -134,6 +135,31 @@ def own_addresses(view: View, qube: Qube) -> tuple[str, str]:
     return (
         text(evaluate(view, qube, "ip")) or addresses.ipv4(number, disposable=disposable),
         text(evaluate(view, qube, "ip6")) or addresses.ipv6(number, disposable=disposable),
+    )
+
+
+def reads_iptables(view: View, provider: Qube) -> bool:
+    """The network qube, a guest, does not say that it knows /qubes-firewall: it is given
+    iptables-save text too."""
+    return provider.klass != "AdminVM" and not truthy(view, provider, "qubes-firewall", "template")
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """iptables-save texts of a client: those below a path that have one of the lines, and
+    the key that says that they have changed."""
+
+    below: str
+    lines: tuple[str, ...]
+    news: tuple[str, str]
+
+
+def iptables_texts(view: View, qube: Qube) -> Texts:
+    """All of the qube, and of its address, whichever boot left them."""
+    return Texts(
+        "/qubes-iptables-domainrules/",
+        iptables_owner(qube.uuid, own_addresses(view, qube)[0]),
+        ("/qubes-iptables", "reload"),
     )
 
 

@@ -12,7 +12,7 @@ import logging
 
 from bulkhead.api import domains_pb2, hostd_pb2
 from bulkhead.bus.errors import BusError
-from bulkhead.model.evaluate import evaluate, is_running, provides_network
+from bulkhead.model.evaluate import evaluate, is_running
 from bulkhead.model.plan.storage import attached_device
 from bulkhead.model.power import current_power
 from bulkhead.model.records import Assignment, Phase, Problem, Qube
@@ -24,11 +24,14 @@ from services.lifecycle.steps.start import (
     CALL_TIMEOUT_S,
     apply_rules,
     close,
+    forget_texts,
+    guest_netvms,
     host_timezone,
     plug,
     running_boot,
     subject,
     tell_refused,
+    texts_of,
     withdraw,
 )
 
@@ -54,6 +57,7 @@ class Apply:
         if _ended(context, spec) and not boot.is_namespace_netvm(context.view, qube):
             # A stop waits for nobody: it may have withdrawn the rules before they came.
             await withdraw(context, qube)
+            await forget_texts(context, qube)
         return Outcome()
 
     async def undo(self, context: StepContext) -> None:
@@ -118,28 +122,20 @@ async def _forget(context: StepContext, qube: Qube, netvm: Qube | None) -> None:
     view = context.view
     # Without a netvm it has no address any more: the ones that it would have.
     addresses = [address for address in guest_keys.own_addresses(view, qube) if address]
-    others = [
-        other
-        for other in view.qubes()
-        if other is not netvm
-        and other.klass != "AdminVM"
-        and other.run.phase is Phase.UP
-        and provides_network(other)
-        and not boot.is_namespace_netvm(view, other)
-    ]
+    others = [other for other in guest_netvms(context) if other is not netvm]
     # Beside each other, and all have ended when this does, whatever fails.
     ends = await asyncio.gather(
-        *(_forget_in(context, other, addresses) for other in others), return_exceptions=True
+        *(_forget_in(context, other, qube, addresses) for other in others), return_exceptions=True
     )
     for end in ends:
         if isinstance(end, BaseException):
             raise end
 
 
-async def _forget_in(context: StepContext, netvm: Qube, addresses: list[str]) -> None:
+async def _forget_in(context: StepContext, netvm: Qube, qube: Qube, addresses: list[str]) -> None:
     connected = guest_keys.connected_tree(context.view, netvm).write
     removed = tuple(f"/mapped-ip/{address}/" for address in addresses)
-    await _write(context, netvm, connected, removed)
+    await _write(context, netvm, connected, removed, texts_of(context, netvm, qube))
     for address in addresses:
         await close(context, netvm, address)
 
@@ -172,6 +168,7 @@ async def _write(
     qube: Qube,
     keys: tuple[tuple[str, str], ...],
     removed: tuple[str, ...],
+    removed_of: domains_pb2.GuestKeysOf | None = None,
 ) -> None:
     await context.participants.domains.write_guest_keys(
         domains_pb2.WriteGuestKeysRequest(
@@ -180,6 +177,7 @@ async def _write(
             removed=list(removed),
             # Everything is brought to what the record says; guests watch some of it.
             changed_only=True,
+            removed_of=removed_of,
         ),
         timeout=CALL_TIMEOUT_S,
         context=context.call(f"keys/{qube.uuid}"),

@@ -25,9 +25,11 @@ from services.lifecycle.steps.start import (
     boot_ref,
     cancel_asked,
     end_namespace,
+    forget_texts,
     running_boot,
     stop_volumes,
     subject,
+    texts_of,
     unplug,
     withdraw,
 )
@@ -57,22 +59,33 @@ class WithdrawRules(_Forward):
         qube = subject(context)
         await withdraw(context, qube)
         backend = boot.netvm(context.view, qube)
-        if (
-            backend is not None
-            and backend.klass != "AdminVM"
-            and is_running(context.view, backend)
-            and not boot.is_namespace_netvm(context.view, backend)
-        ):
-            tree = guest_keys.connected_tree(context.view, backend)
-            await context.participants.domains.write_guest_keys(
-                domains_pb2.WriteGuestKeysRequest(
-                    boot=running_boot(backend),
-                    keys=[domains_pb2.GuestKey(path=p, value=v) for p, v in tree.write],
-                ),
-                timeout=CALL_TIMEOUT_S,
-                context=context.call("connected"),
-            )
+        # It may have been given this netvm after it began to stop.
+        others = asyncio.ensure_future(forget_texts(context, qube, but=backend))
+        try:
+            await _tell_netvm(context, qube, backend)
+        finally:
+            await others
         return Outcome()
+
+
+async def _tell_netvm(context: StepContext, qube: Qube, backend: Qube | None) -> None:
+    if (
+        backend is None
+        or backend.klass == "AdminVM"
+        or not is_running(context.view, backend)
+        or boot.is_namespace_netvm(context.view, backend)
+    ):
+        return
+    tree = guest_keys.connected_tree(context.view, backend)
+    await context.participants.domains.write_guest_keys(
+        domains_pb2.WriteGuestKeysRequest(
+            boot=running_boot(backend),
+            keys=[domains_pb2.GuestKey(path=p, value=v) for p, v in tree.write],
+            removed_of=texts_of(context, backend, qube),
+        ),
+        timeout=CALL_TIMEOUT_S,
+        context=context.call("connected"),
+    )
 
 
 class Unplug(_Forward):

@@ -21,6 +21,7 @@ from bulkhead.model.evaluate import (
     effective_default_user,
     evaluate,
     is_running,
+    provides_network,
 )
 from bulkhead.model.features import truthy
 from bulkhead.model.plan.devices import identity
@@ -36,6 +37,8 @@ NETVM_TIMEOUT_S = 3600.0
 CALL_TIMEOUT_S = 30.0
 STORAGE_TIMEOUT_S = 120.0
 DOMAIN_TIMEOUT_S = 120.0
+# How long a stop waits for network qubes that are not the qube's own.
+FORGET_S = 5.0
 
 
 def cancel_asked(context: StepContext) -> bool:
@@ -419,12 +422,12 @@ class CreatePaused:
             tap=context.operation.data.get("tap", ""),
             console_log=_console_log(context, qube),
         )
-        await context.participants.domains.create_paused(
+        reply = await context.participants.domains.create_paused(
             domains_pb2.CreatePausedRequest(spec=domain_message(domain)),
             timeout=DOMAIN_TIMEOUT_S,
             context=context.call(),
         )
-        return Outcome(data={"spawned": "1"})
+        return Outcome(data={"spawned": "1", "xid": str(reply.state.power.xid)})
 
     async def undo(self, context: StepContext) -> None:
         await context.participants.domains.destroy(
@@ -506,7 +509,9 @@ class Firewall:
         return Outcome()
 
     async def undo(self, context: StepContext) -> None:
-        await withdraw(context, subject(context))
+        qube = subject(context)
+        await withdraw(context, qube)
+        await forget_texts(context, qube)
 
 
 async def _raise_netvm(context: StepContext, qube: Qube) -> str:
@@ -573,6 +578,7 @@ async def apply_rules(
             context=context.call("tap"),
         )
         interface = tap.tap
+    texts = texts_of(context, link.netvm, qube)
     reply = await context.participants.firewall.apply(
         firewall_pb2.ApplyRequest(
             target=firewall_pb2.FirewallTarget(
@@ -584,7 +590,8 @@ async def apply_rules(
                 interface=interface,
                 ip=link.ip,
                 ip6=link.ip6,
-            )
+            ),
+            iptables_xid=_xid(context, qube) if texts is not None else 0,
         ),
         timeout=CALL_TIMEOUT_S,
         context=context.call("apply"),
@@ -602,10 +609,68 @@ async def apply_rules(
                     domains_pb2.GuestKey(path=path, value=value)
                     for path, _, value in (key.partition("=") for key in reply.guest_keys)
                 ],
+                # Those of an earlier boot would be asked before the one of this.
+                removed_of=texts,
             ),
             timeout=CALL_TIMEOUT_S,
             context=context.call("rules"),
         )
+
+
+def _xid(context: StepContext, qube: Qube) -> int:
+    """Of the qube's present boot; 0 where it is not known: then nothing of it may pass."""
+    kept = context.operation.data.get("xid", "")
+    xid = int(kept) if kept else guest_keys.running_xid(context.view, qube)
+    return max(xid or 0, 0)
+
+
+def texts_of(context: StepContext, netvm: Qube, qube: Qube) -> domains_pb2.GuestKeysOf | None:
+    """The qube's iptables-save texts in a guest netvm; None where that one reads none."""
+    view = context.view
+    if boot.is_namespace_netvm(view, netvm) or not guest_keys.reads_iptables(view, netvm):
+        return None
+    texts = guest_keys.iptables_texts(view, qube)
+    path, value = texts.news
+    return domains_pb2.GuestKeysOf(
+        below=texts.below,
+        lines=texts.lines,
+        news=domains_pb2.GuestKey(path=path, value=value),
+    )
+
+
+async def forget_texts(context: StepContext, qube: Qube, but: Qube | None = None) -> None:
+    """No guest netvm, `but` apart, keeps an iptables-save text of the qube, which has no
+    boot any more. One that does not answer keeps a text that the next start takes away."""
+    await asyncio.gather(
+        *(
+            _forget_texts(context, netvm, texts)
+            for netvm in guest_netvms(context)
+            if netvm is not but and (texts := texts_of(context, netvm, qube)) is not None
+        )
+    )
+
+
+async def _forget_texts(context: StepContext, netvm: Qube, texts: domains_pb2.GuestKeysOf) -> None:
+    try:
+        await context.participants.domains.write_guest_keys(
+            domains_pb2.WriteGuestKeysRequest(boot=running_boot(netvm), removed_of=texts),
+            timeout=FORGET_S,
+            context=context.call(f"texts/{netvm.uuid}"),
+        )
+    except BusError as error:
+        log.warning("%s keeps rules of a client that is gone: %s", netvm.name, error.message)
+
+
+def guest_netvms(context: StepContext) -> list[Qube]:
+    """Network qubes that run as guests and have guest keys."""
+    return [
+        qube
+        for qube in context.view.qubes()
+        if qube.klass != "AdminVM"
+        and qube.run.phase is Phase.UP
+        and provides_network(qube)
+        and not boot.is_namespace_netvm(context.view, qube)
+    ]
 
 
 async def close(context: StepContext, netvm: Qube, address: str) -> None:
