@@ -21,10 +21,12 @@ from bulkhead.extensions import Extension
 from bulkhead.model import specs
 from bulkhead.model.evaluate import evaluate, is_leftover
 from bulkhead.model.naming import with_names
+from bulkhead.model.properties import DISP
 from bulkhead.model.records import (
     ADMINVM_NAME,
     Operation,
     OperationPut,
+    OperationState,
     Phase,
     Qube,
     QubePut,
@@ -75,8 +77,10 @@ FACTS_S = 10.0
 # a start wait so long at most for the host to be known; nothing ever waits for it again.
 HOST_S = 3.0
 _OF_THE_HOST = (b"admin.property.Get", b"admin.vm.property.Get", b"bulkhead.vm.GetAll")
-# How long the removal of a disposable that was refused its start is waited for.
+# How long the removal of a disposable that was refused its start is waited for, and how
+# long the end of one that goes with its stop.
 LEFTOVER_S = 2.0
+REMOVAL_S = 10.0
 # How long calls under way may go on when the service stops.
 DRAIN_S = 5.0
 _STATS_LIMIT = 64
@@ -372,6 +376,9 @@ class AdminApi:
                 if isinstance(wanted, specs.StartSpec):
                     await self._leftover_gone(request.dest.uuid)
                 raise
+            ends = isinstance(wanted, specs.KillSpec | specs.ShutdownSpec)
+            if ends and request.dest.klass == DISP:
+                await self._removal_done(request.dest.uuid)
         return ""
 
     async def _leftover_gone(self, identity: str) -> None:
@@ -382,6 +389,21 @@ class AdminApi:
             return qube is None or not is_leftover(view, qube)
 
         await self._backend.operations.until(gone, LEFTOVER_S)
+        await self._removal_done(identity)
+
+    async def _removal_done(self, identity: str) -> None:
+        """Who is told that a disposable ended may change or remove what it was made from.
+
+        Its removal begins with the end that we have seen; one that is stuck is not waited for.
+        """
+
+        def done(view: View) -> bool:
+            return all(
+                o.kind != "REMOVE" or o.state is OperationState.STUCK
+                for o in view.operations_on(identity)
+            )
+
+        await self._backend.operations.until(done, REMOVAL_S)
 
     def _unexpected(self, what: str) -> bytes:
         self.counters["errors"] += 1

@@ -387,6 +387,31 @@ def test_disposables(client: AdminClient) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize(
+    "end", [("Kill", ""), ("Shutdown", ""), ("Shutdown", "wait"), ("Start", "")]
+)
+def test_who_ends_a_disposable_may_change_its_template_at_once(
+    client: AdminClient, end: tuple[str, str]
+) -> None:
+    template = f"dvm{''.join(end)}"
+    create(client, template)
+    for how in ("Set", "Reset"):
+        client.set(template, "template_for_dispvms", "True")
+        name = client.text("admin.vm.CreateDisposable", template)
+        if end[0] == "Start":
+            client.call("admin.vm.feature.Set", name, "prohibit-start", b"no")
+            with pytest.raises(exceptions.QubesException):
+                client.call("admin.vm.Start", name)
+        else:
+            client.call("admin.vm.Start", name)
+            client.call(f"admin.vm.{end[0]}", name, end[1])
+        payload = b"False" if how == "Set" else b""
+        client.call(f"admin.vm.property.{how}", template, "template_for_dispvms", payload)
+        volumes = client.lines("admin.pool.volume.List", arg="varlibqubes")
+        assert f"appvms/{name}/root" not in volumes
+    client.call("admin.vm.Remove", template)
+
+
 def test_clone_and_operations(client: AdminClient, world: World) -> None:
     create(client, "orig")
     client.set("orig", "memory", "500")
