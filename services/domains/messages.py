@@ -10,6 +10,7 @@ from bulkhead import codec
 from bulkhead.api import domains_pb2
 from bulkhead.model.records import PowerFact
 from services.domains.adapters.hypervisor import Domain
+from services.domains.core.guest_keys import KeysOf
 from services.domains.core.spec import (
     DiskSpec,
     DomainSpec,
@@ -114,3 +115,11 @@ def state_to(fact: PowerFact, domain: Domain | None) -> domains_pb2.DomainState:
         epoch="" if domain is None else str(domain.epoch),
         console="" if domain is None else domain.console,
     )
+
+
+def keys_of_from(message: domains_pb2.WriteGuestKeysRequest) -> KeysOf | None:
+    """The unchecked keys to find by their lines and remove; None when none are to be."""
+    if not message.HasField("removed_of"):
+        return None
+    asked = message.removed_of
+    return KeysOf(asked.below, frozenset(asked.lines), (asked.news.path, asked.news.value))

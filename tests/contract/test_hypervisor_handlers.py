@@ -20,7 +20,7 @@ from services.domains.adapters.guest_keys import Boot, FileKeys
 from services.domains.adapters.qmemman import MemoryManager
 from services.domains.core.reasons import REASONS
 from services.domains.core.spec import DomainSpec, InterfaceSpec
-from services.domains.handlers import WAITERS
+from services.domains.qube_queue import WAITERS
 
 from .hypervisor_benches import SimBench, replace, simulation, until
 from .hypervisor_service import Service, boot, call, message, service
@@ -773,7 +773,7 @@ def test_a_withdrawn_disk_is_taken_from_who_had_it(sim: SimBench, tmp_path: Path
             pb.WriteGuestKeysRequest(boot=boot(usb), keys=said),
         ):
             await handlers.write_guest_keys(request, call())
-        await asyncio.gather(*handlers._tasks)
+        await asyncio.gather(*handlers._background.tasks)
         assert "xvdi" in targets()
 
     run(sim, tmp_path, body)

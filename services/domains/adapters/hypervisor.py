@@ -107,6 +107,10 @@ class Event:
     reason: str = ""
 
 
+# Seconds that a call may take from now on; raises when there are none left.
+Left = Callable[[], float]
+
+
 class Hypervisor(Protocol):
     """One hypervisor. Timeouts are seconds; every method raises HypervisorError.
 
