@@ -23,28 +23,31 @@ def fsync_directory(directory: Path) -> None:
         os.close(fd)
 
 
-def write_file(path: Path, data: bytes, mode: int = 0o600) -> None:
+def write_file(path: Path, data: bytes, mode: int = 0o600, *, forced: bool = True) -> None:
     """Replace path atomically and durably; the temporary is removed on failure.
 
     The temporary is "<name>~<random>" in the same directory. OSError as from the
-    system; the old content is then untouched.
+    system; the old content is then untouched. forced False: for what means nothing after
+    a power cut, which may leave the file torn; a kill leaves it whole.
     """
-    with replacing(path, mode) as fd:
+    with replacing(path, mode, forced=forced) as fd:
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
 
 
 @contextlib.contextmanager
-def replacing(path: Path, mode: int = 0o600) -> Iterator[int]:
-    """A descriptor to write the new content of path to; renamed into place on success."""
+def replacing(path: Path, mode: int = 0o600, *, forced: bool = True) -> Iterator[int]:
+    """A descriptor to write the new content of path to; renamed into place on success.
+    forced: as in write_file()."""
     temporary = path.with_name(f"{path.name}~{secrets.token_hex(6)}")
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
     try:
         try:
             os.fchmod(fd, mode)
             yield fd
-            os.fsync(fd)
+            if forced:
+                os.fsync(fd)
         finally:
             os.close(fd)
         temporary.rename(path)
@@ -52,7 +55,8 @@ def replacing(path: Path, mode: int = 0o600) -> Iterator[int]:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
         raise
-    fsync_directory(path.parent)
+    if forced:
+        fsync_directory(path.parent)
 
 
 def rename(source: Path, target: Path) -> None:

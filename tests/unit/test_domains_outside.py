@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -327,6 +328,24 @@ def test_nobody_is_woken_for_what_has_not_changed(monkeypatch: pytest.MonkeyPatc
         # Where writing is the news, as of rules, everything is written.
         await keys.write(boot, wanted, [], False)
         assert FakeQubesDb.written[2:] == [path for path, _ in wanted]
+
+    run(body)
+
+
+def test_key_files_wait_for_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They mean nothing after what only a disk survives."""
+
+    def forced(_fd: int) -> None:
+        raise AssertionError("forced to the disk")
+
+    monkeypatch.setattr(os, "fsync", forced)
+    keys = FileKeys(tmp_path)
+
+    async def body() -> None:
+        await keys.write(Boot(UUID, "b1", "work"), [("/a", "1")], [], False)
+        assert await keys.kept() == {UUID: "b1"}
+        await keys.drop(UUID, "b1")
+        assert await keys.kept() == {}
 
     run(body)
 

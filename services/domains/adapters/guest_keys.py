@@ -2,7 +2,8 @@
 
 Owns run/bulkhead/domains/guest-keys/UUID.json and the QubesDB connections. Must not
 know limits (core.guest_keys) or the bus. Invariant: a file is the whole old or the whole
-new set of one boot; keys of another boot are never shown.
+new set of one boot; keys of another boot are never shown. Nothing is forced to the disk:
+a power cut ends every boot.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class FileKeys:
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         text = json.dumps({"boot_id": boot.boot_id, "keys": keys}, sort_keys=True)
         failpoints.hit("domains.keys.before")
-        durable.write_file(self._file(boot.uuid), text.encode(), 0o600)
+        durable.write_file(self._file(boot.uuid), text.encode(), 0o600, forced=False)
         failpoints.hit("domains.keys.after")
 
     async def write(
@@ -124,7 +125,7 @@ class FileKeys:
         async with self._lock(uuid):
             content = await asyncio.to_thread(self._content, uuid)
             if content is not None and content[0] == boot_id:
-                await asyncio.to_thread(durable.unlink, self._file(uuid))
+                await asyncio.to_thread(self._file(uuid).unlink, missing_ok=True)
 
     async def kept(self) -> dict[str, str]:
         return await asyncio.to_thread(self._kept)
