@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bulkhead.model.refusal import Refusal
+from bulkhead.model.specs import APPLY_KEYS
 
 ADMIN = "AdminVM"
 APP = "AppVM"
@@ -82,6 +83,7 @@ class PropertyRow:
     clone       copied when a qube is cloned
     when_running  what a change does while the qube runs: live, next (start), deny, fixed
     live        a change while it runs needs work in the guest or the hypervisor (APPLY)
+    parts       of that work, as in specs.ApplySpec; none = all of it
     reads_facts   facts its value depends on: host kernel power device
     checks_facts  facts its setter depends on
     reference   what a named qube must be: LocalVM, TemplateVM, "netvm" (provides a
@@ -104,6 +106,7 @@ class PropertyRow:
     clone: bool = True
     when_running: str = "next"
     live: bool = False
+    parts: tuple[str, ...] = ()
     reads_facts: frozenset[str] = frozenset()
     checks_facts: frozenset[str] = frozenset()
     reference: str = ""
@@ -323,12 +326,12 @@ _QUBE_ROWS: tuple[PropertyRow, ...] = (
     _row(
         "guivm", QUBES_VM, "qube", FromSystem("default_guivm"),
         "Qube that shows the windows of this one.",
-        stage=4, when_running="live", live=True, reference="LocalVM",
+        stage=4, when_running="live", live=True, parts=(APPLY_KEYS,), reference="LocalVM",
     ),
     _row(
         "audiovm", QUBES_VM, "qube", FromSystem("default_audiovm"),
         "Qube that plays the sound of this one.",
-        stage=4, when_running="live", live=True, reference="LocalVM",
+        stage=4, when_running="live", live=True, parts=(APPLY_KEYS,), reference="LocalVM",
     ),
     _row(
         "netvm", QUBES_VM - {TEMPLATE}, "qube", FromSystem("default_netvm"),
@@ -390,12 +393,12 @@ _QUBE_ROWS: tuple[PropertyRow, ...] = (
     _row(
         "keyboard_layout", QUBES_VM, "str", Computed("keyboard_layout"),
         "Keyboard layout, variant and options, joined by plus signs.",
-        when_running="live", live=True,
+        when_running="live", live=True, parts=(APPLY_KEYS,),
     ),
     _row(
         "keyboard_layout", ADMIN, "str", Constant("us++"),
         "Keyboard layout, variant and options, joined by plus signs.",
-        when_running="live", live=True,
+        when_running="live", live=True, parts=(APPLY_KEYS,),
     ),
     # ---- state
     _computed("updateable", LOCAL_VM, "bool", "System updates are installed inside this qube."),

@@ -152,13 +152,27 @@ class ImportSpec:
     resize: bool = False
 
 
+# What an APPLY can be about: what a netvm is told of its clients, the qube's rules where
+# its netvm is a guest, the qube's own guest keys.
+APPLY_CLIENTS, APPLY_RULES, APPLY_KEYS = "clients", "rules", "keys"
+
+
 @dataclass(frozen=True, slots=True)
 class ApplySpec:
-    """Bring a running qube up to the records; revision: the change that asked for it."""
+    """Bring a running qube up to the records; revision: the change that asked for it.
+
+    parts: what has to be brought, () = all that there is.
+    """
 
     uuid: str
     boot_id: str
     revision: int = 0
+    parts: tuple[str, ...] = ()
+
+
+def merged_parts(one: tuple[str, ...], other: tuple[str, ...]) -> tuple[str, ...]:
+    """What two APPLY bring together."""
+    return tuple(sorted({*one, *other})) if one and other else ()
 
 
 @dataclass(frozen=True, slots=True)

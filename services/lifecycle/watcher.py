@@ -31,7 +31,7 @@ from bulkhead.model.records import (
     QubePut,
     fact_key,
 )
-from bulkhead.model.specs import ApplySpec, AttachSpec, StoppedSpec
+from bulkhead.model.specs import APPLY_KEYS, ApplySpec, AttachSpec, StoppedSpec
 from services.lifecycle.core import attaching, saga, stops
 from services.lifecycle.core.guest_keys import shown_or_heard_by
 from services.lifecycle.executor import Executor
@@ -148,7 +148,8 @@ class Watcher:
         if provider is None:
             return
         for client in shown_or_heard_by(view, provider):
-            self._queue.put_nowait(ApplySpec(client.uuid, client.run.boot_id, client.revision))
+            spec = ApplySpec(client.uuid, client.run.boot_id, client.revision, (APPLY_KEYS,))
+            self._queue.put_nowait(spec)
 
     async def run_stops(self) -> None:
         """Begin what was noticed: STOPPED, APPLY for who is shown or heard elsewhere, ATTACH."""

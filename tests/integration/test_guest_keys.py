@@ -488,6 +488,15 @@ def test_a_change_of_netvm_replugs_and_tells_all_three(world: World) -> None:
     world.feature("work", "net.fake-ip", None)
 
 
+def test_a_network_qube_is_told_of_its_own_netvm(world: World) -> None:
+    own = ("/qubes-gateway",)
+    assert world.keys("fw", *own) == {"/qubes-gateway": IP["net"], "/qubes-gateway6": IP6["net"]}
+    world.set("fw", "netvm", "net2")
+    assert world.keys("fw", *own) == {"/qubes-gateway": IP["net2"]}  # which has no IPv6
+    world.set("fw", "netvm", "net")
+    assert world.keys("fw", *own) == {"/qubes-gateway": IP["net"], "/qubes-gateway6": IP6["net"]}
+
+
 def test_the_change_of_a_halted_qube_is_told_to_netvms(world: World) -> None:
     world.set("idle", "netvm", "net2")
     world.until("net2", {"/connected-ips": f"{IP['idle']} {IP['work']}"})

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bulkhead.bus.errors import BusError
-from bulkhead.model.records import FactPut, Operation, OperationState
+from bulkhead.model.records import FactPut, Operation, OperationPut, OperationState
 from bulkhead.model.specs import ApplySpec, StoppedSpec
 from services.lifecycle.executor import StepContext
 from services.lifecycle.steps.live import Apply
@@ -55,9 +55,9 @@ def w() -> World:
     return made
 
 
-def applied(w: World, domains: Domains, qube: str = "work") -> None:
+def applied(w: World, domains: Domains, qube: str = "work", *parts: str) -> None:
     record = w.qube(qube)
-    spec = ApplySpec(record.uuid, record.run.boot_id)
+    spec = ApplySpec(record.uuid, record.run.boot_id, parts=parts)
     operation = Operation("op", "APPLY", spec, (record.uuid,), OperationState.RUNNING)
     participants: Any = SimpleNamespace(domains=domains, firewall=Firewall(), hostd=None)
     executor: Any = SimpleNamespace(replica=SimpleNamespace(view=w.view))
@@ -151,3 +151,70 @@ def test_texts_for_iptables_leave_every_netvm_that_may_have_one(w: World) -> Non
     domains.calls.clear()
     _ended(w, domains)
     assert domains.of("write_guest_keys") == []
+
+
+def _told(domains: Domains, w: World) -> dict[str, set[str]]:
+    """Qube -> first parts of the keys that it is told."""
+    names = {w.qube(name).uuid: name for name in ("work", "sys-net", "other-net")}
+    return {
+        names[request.boot.uuid]: {"/" + key.path.split("/")[1] for key in request.keys}
+        for request in domains.of("write_guest_keys")
+    }
+
+
+def test_a_part_is_brought_without_the_rest(w: World) -> None:
+    w.create("other-net")
+    w.set("other-net", "provides_network", "True")
+    w.start("other-net")
+    w.feature("work", "service.x")
+    calls = {}
+    for part, qube in (("keys", "work"), ("rules", "work"), ("clients", "sys-net")):
+        domains = Domains()
+        applied(w, domains, qube, part)
+        calls[part] = _told(domains, w)
+        assert {name for name, _ in domains.calls} <= {"write_guest_keys", "read_guest_keys"}
+    assert calls["keys"].keys() == {"work"}
+    assert {"/name", "/qubes-service", "/qubes-ip"} <= calls["keys"]["work"]
+    assert calls["rules"] == {"sys-net": {"/qubes-firewall"}}
+    assert calls["clients"] == {"sys-net": {"/connected-ips", "/connected-ips6"}}
+    both = Domains()
+    applied(w, both, "work", "keys", "rules")
+    assert _told(both, w).keys() == {"work", "sys-net"}
+
+
+def test_rules_alone_go_nowhere_without_a_netvm_that_runs(w: World) -> None:
+    domains = Domains()
+    w.set("work", "netvm", "")
+    applied(w, domains, "work", "rules")
+    assert domains.calls == []
+
+
+@pytest.mark.parametrize("state", [OperationState.FAILED, OperationState.CANCELLED])
+def test_what_an_earlier_one_left_undone_is_mended_by_the_next(
+    w: World, state: OperationState
+) -> None:
+    record = w.qube("work")
+    spec = ApplySpec(record.uuid, record.run.boot_id)
+    w.view.apply(OperationPut(Operation("earlier", "APPLY", spec, (record.uuid,), state)))
+    domains = Domains()
+    applied(w, domains, "work", "rules")
+    assert domains.of("attach_interface")
+    # Of another boot: that one's start has brought everything.
+    old = replace(spec, boot_id="old")
+    w.view.apply(OperationPut(Operation("earlier", "APPLY", old, (record.uuid,), state)))
+    domains = Domains()
+    applied(w, domains, "work", "rules")
+    assert not domains.of("attach_interface")
+
+
+def test_a_guest_is_told_its_network_before_it_is_plugged_anew(w: World) -> None:
+    w.create("other-net")
+    w.set("other-net", "provides_network", "True")
+    w.start("other-net")
+    w.set("work", "netvm", "other-net")
+    domains = Domains()
+    applied(w, domains)
+    (at,) = [n for n, (name, _) in enumerate(domains.calls) if name == "attach_interface"]
+    before = {r.boot.uuid for name, r in domains.calls[:at] if name == "write_guest_keys"}
+    assert before == {w.qube(name).uuid for name in ("work", "sys-net", "other-net")}
+    assert not any(name == "write_guest_keys" for name, _ in domains.calls[at:])

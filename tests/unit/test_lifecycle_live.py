@@ -57,6 +57,10 @@ def announced(w: World, qube: str, *names: str, digest: str | None = None) -> tu
     planned = work.plan(w.view, Numbers())
     assert w.view.operations == before
     assert [event.subject for event in planned.events] == [qube] * len(names)
+    for change in planned.changes:
+        if isinstance(change, OperationPut):  # and nothing but the rules
+            assert isinstance(change.operation.spec, ApplySpec)
+            assert change.operation.spec.parts == ("rules",)
     assert planned.durable is bool(planned.changes)
     return tuple(type(change).__name__ for change in planned.changes)
 

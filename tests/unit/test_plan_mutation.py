@@ -9,6 +9,7 @@ import pytest
 from bulkhead.model.evaluate import evaluate
 from bulkhead.model.invariants import check
 from bulkhead.model.plan import PlanRefused, plan_preload
+from bulkhead.model.plan.base import Draft
 from bulkhead.model.plan.mutation import _PLANS
 from bulkhead.model.records import (
     Assignment,
@@ -349,9 +350,38 @@ def test_netvms_know_of_clients_that_do_not_run(w: World) -> None:
     ):
         # Nobody waits for a netvm that may be busy because of a qube that is off.
         assert plan.live == (netvm,) and plan.beside == {netvm}
+        # And it is told of that alone.
+        assert plan.parts == {netvm: ("clients",)}
     w.set("work", "netvm", "sys-net")
+    # Nothing has changed, and between qubes that are off there is nobody to tell.
+    assert w.set("work", "netvm", "sys-net").live == ()
     removal = w.begin(RemoveSpec("work"))
-    assert removal.live == (netvm,)
+    assert removal.live == (netvm,) and removal.parts == {netvm: ("clients",)}
+
+
+def test_what_a_change_of_a_running_qube_is_about(w: World) -> None:
+    w.start("sys-net")
+    w.start("vault")
+    vault = w.qube("vault").uuid
+    keys = {vault: ("keys",)}
+    assert w.feature("vault", "service.x").parts == keys
+    assert w.do(RemoveFeature("vault", "service.x")).parts == keys
+    assert w.set("vault", "keyboard_layout", "de++").parts == keys
+    assert w.set("vault", "guivm", "").parts == keys
+    assert w.set("", "default_audiovm", "").parts[vault] == ("keys",)
+    # Its netvm is all that hangs on it; and so is what balances its memory.
+    for plan in (w.set("vault", "netvm", "sys-net"), w.feature("vault", "service.meminfo-writer")):
+        assert plan.live == (vault,) and plan.parts == {}
+    # A netvm that is about two things is told of both; all of it is more than a part.
+    draft = Draft(w.view)
+    netvm = w.qube("sys-net")
+    draft.live(netvm, "keys")
+    draft.live(netvm, "clients", awaited=False)
+    assert draft.plan().parts == {netvm.uuid: ("clients", "keys")}
+    assert draft.plan().beside == frozenset()
+    draft.live(netvm)
+    draft.live(netvm, "keys")
+    assert draft.plan().parts == {}
 
 
 def test_a_relay_knows_its_remote_qubes_as_they_are_now(w: World) -> None:

@@ -1203,6 +1203,10 @@ def test_applies_merge(w: World) -> None:
     assert third.joined is not None
     assert third.joined.id == second.operation.id
     assert w.view.operations[second.operation.id].spec == ApplySpec(uuid, boot, 3)
+    # What joins is brought with it.
+    part = w.begin(ApplySpec(uuid, boot, 3, ("keys",)))
+    assert part.operation.id == second.operation.id
+    assert part.operation.spec == ApplySpec(uuid, boot, 3)
     stale = w.begin(ApplySpec(uuid, "old", 4))
     w.end(first)
     assert stale.operation.state is OperationState.QUEUED

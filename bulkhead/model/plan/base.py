@@ -31,13 +31,19 @@ from bulkhead.model.records import (
     WireEvent,
 )
 from bulkhead.model.refusal import Refusal
+from bulkhead.model.specs import merged_parts
 from bulkhead.model.view import View
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
+_NO_PARTS: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 
 def _nothing() -> Mapping[str, str]:
     return _NOTHING
+
+
+def _no_parts() -> Mapping[str, tuple[str, ...]]:
+    return _NO_PARTS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,14 +51,16 @@ class Plan:
     """A finished plan.
 
     changes in the order of application; events finished and in wire order; result for
-    the caller; live: uuids of qubes that run and need an APPLY; beside: those of them that
-    the caller does not wait for; audit: what was asked and what it replaced, without secrets.
+    the caller; live: uuids of qubes that run and need an APPLY; parts: what of them, where
+    it is not all; beside: those that the caller does not wait for; audit: what was asked
+    and what it replaced, without secrets.
     """
 
     changes: tuple[Change, ...] = ()
     events: tuple[WireEvent, ...] = ()
     result: Mapping[str, str] = field(default_factory=_nothing)
     live: tuple[str, ...] = ()
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=_no_parts)
     beside: frozenset[str] = frozenset()
     audit: Mapping[str, str] = field(default_factory=_nothing)
 
@@ -102,7 +110,8 @@ class Draft:
         self.result: dict[str, str] = {}
         # What was touched, in the order of first touch: key -> change.
         self._changes: dict[tuple[str, str], Change] = {}
-        self._live: dict[str, bool] = {}  # uuid: the caller waits for it
+        # uuid: the caller waits for it, the parts that changed
+        self._live: dict[str, tuple[bool, tuple[str, ...]]] = {}
 
     # ---- records
 
@@ -191,13 +200,15 @@ class Draft:
         """Append finished events."""
         self.events.extend(events)
 
-    def live(self, qube: Qube, *, awaited: bool = True) -> None:
+    def live(self, qube: Qube, *parts: str, awaited: bool = True) -> None:
         """The change matters to a running qube: it needs an APPLY unless it is HALTED.
 
-        awaited: whoever asked for the change waits until it is there.
+        parts: of it, as in specs.ApplySpec; none = all. awaited: whoever asked for the
+        change waits until it is there.
         """
         if qube.run.phase is not Phase.HALTED:
-            self._live[qube.uuid] = awaited or self._live.get(qube.uuid, False)
+            waits, earlier = self._live.get(qube.uuid, (False, parts))
+            self._live[qube.uuid] = awaited or waits, merged_parts(earlier, parts)
 
     # ---- result
 
@@ -218,7 +229,8 @@ class Draft:
             events=tuple(self.events),
             result=dict(self.result),
             live=self.live_uuids,
-            beside=frozenset(uuid for uuid, awaited in self._live.items() if not awaited),
+            parts={uuid: parts for uuid, (_, parts) in self._live.items() if parts},
+            beside=frozenset(uuid for uuid, (awaited, _) in self._live.items() if not awaited),
             audit=dict(self.audit),
         )
 

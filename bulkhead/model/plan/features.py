@@ -37,7 +37,7 @@ from bulkhead.model.plan.tags import CREATED_BY, add_created_by
 from bulkhead.model.properties import DISP, find_row, has_property
 from bulkhead.model.records import Qube
 from bulkhead.model.refusal import Refusal
-from bulkhead.model.specs import PreloadMarks, RemoveFeature, SetFeature
+from bulkhead.model.specs import APPLY_KEYS, PreloadMarks, RemoveFeature, SetFeature
 from bulkhead.model.view import View
 
 MEMINFO_WRITER = "service.meminfo-writer"
@@ -59,7 +59,7 @@ def command_set(draft: Draft, command: SetFeature) -> None:
     check_feature(draft.view, qube, name, value)
     store_feature(draft, qube, name, value, lambda: _caused_by_set(draft, qube, name, value))
     if is_exported(name):
-        draft.live(qube)
+        draft.live(qube, *_parts(name))
 
 
 def command_remove(draft: Draft, command: RemoveFeature) -> None:
@@ -77,7 +77,12 @@ def command_remove(draft: Draft, command: RemoveFeature) -> None:
     _unprotected(qube, name)
     delete_feature(draft, qube, name, lambda: _caused_by_delete(draft, qube, name))
     if is_exported(name):
-        draft.live(qube)
+        draft.live(qube, *_parts(name))
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    """What of a running qube an exported feature is about: this one changes maxmem too."""
+    return () if name == MEMINFO_WRITER else (APPLY_KEYS,)
 
 
 def _unprotected(qube: Qube, name: str) -> None:

@@ -53,6 +53,7 @@ from bulkhead.model.specs import (
     StartSpec,
     StoppedSpec,
     kind_of,
+    merged_parts,
 )
 from bulkhead.model.view import View
 
@@ -123,6 +124,7 @@ def plan_begin(
         events=plan.events,
         result=dict(operation.result),
         live=plan.live,
+        parts=plan.parts,
         beside=plan.beside,
         audit=plan.audit,
     )
@@ -283,7 +285,11 @@ def _joined(draft: Draft, spec: OperationSpec, subjects: tuple[str, ...]) -> Ope
             case ApplySpec() if other.kind == "APPLY" and other.state is OperationState.QUEUED:
                 kept = other.spec
                 if isinstance(kept, ApplySpec) and kept.boot_id == spec.boot_id:
-                    newest = replace(kept, revision=max(kept.revision, spec.revision))
+                    newest = replace(
+                        kept,
+                        revision=max(kept.revision, spec.revision),
+                        parts=merged_parts(kept.parts, spec.parts),
+                    )
                     return draft.put_operation(replace(other, spec=newest))
             case _:
                 pass
@@ -450,13 +456,15 @@ def _begin_follow_up(draft: Draft, spec: OperationSpec, fresh: Fresh) -> Operati
 
 def _begin_applies(draft: Draft, ended: Operation) -> None:
     """Bring running qubes up to what the end has changed: clients of a new netvm, say."""
-    for subject in draft.live_uuids:
+    plan = draft.plan()
+    for subject in plan.live:
         qube = draft.find(subject)
         if qube is not None and qube.run.phase is not Phase.HALTED:
             name = f"bulkhead/apply/{ended.id}/{subject}"
             fresh = Fresh(str(uuid.uuid5(uuid.NAMESPACE_OID, name)))
             try:
-                _begin(draft, ApplySpec(subject, qube.run.boot_id), fresh)
+                parts = plan.parts.get(subject, ())
+                _begin(draft, ApplySpec(subject, qube.run.boot_id, parts=parts), fresh)
             except Refusal:
                 continue  # so many operations wait for it that its next one will do
 

@@ -35,6 +35,7 @@ from bulkhead.model.properties import (
 )
 from bulkhead.model.records import Phase, Qube
 from bulkhead.model.setters import check_guards, check_reset, parse_property
+from bulkhead.model.specs import APPLY_CLIENTS, APPLY_KEYS
 from bulkhead.model.view import View
 from bulkhead.model.xmlstore import mended
 
@@ -137,7 +138,7 @@ def _old(view: View, qube: Qube | None, name: str) -> OldValue:
 def _mark_live(draft: Draft, qube: Qube, row: PropertyRow) -> None:
     # What a paused qube gets for its netvm waits until it runs again.
     if row.live and not (row.name == "netvm" and _paused(draft.view, qube)):
-        draft.live(qube)
+        draft.live(qube, *row.parts)
 
 
 # ---- consequences
@@ -162,7 +163,7 @@ def _consequences(draft: Draft, qube: Qube, row: PropertyRow, new: Value, old: O
             _relays_changed(draft, qube.properties.get("relayvm", ""))
         case "netvm":
             _connected(draft, qube, new)
-            if qube.run.phase is Phase.HALTED or _paused(view, qube):
+            if new != old and (qube.run.phase is Phase.HALTED or _paused(view, qube)):
                 _clients_changed(draft, new, old)
         case "ip" | "ip6":
             _address_changed(draft, qube, name)
@@ -190,7 +191,7 @@ def _layout_changed(draft: Draft, guivm: Qube, seen: set[str]) -> None:
         seen.add(other.uuid)
         _layout_changed(draft, other, seen)
         draft.emit(events.value_changed(other, "keyboard_layout"))
-        draft.live(other)
+        draft.live(other, APPLY_KEYS)
 
 
 def _relays_changed(draft: Draft, *relays: OldValue) -> None:
@@ -198,7 +199,7 @@ def _relays_changed(draft: Draft, *relays: OldValue) -> None:
     for name in relays:
         relay = draft.view.qube(name) if isinstance(name, str) and name else None
         if relay is not None:
-            draft.live(relay)
+            draft.live(relay, APPLY_KEYS)
 
 
 def _clients_changed(draft: Draft, *netvms: OldValue) -> None:
@@ -207,7 +208,7 @@ def _clients_changed(draft: Draft, *netvms: OldValue) -> None:
     for name in netvms:
         netvm = draft.view.qube(name) if isinstance(name, str) and name else None
         if netvm is not None:
-            draft.live(netvm, awaited=False)
+            draft.live(netvm, APPLY_CLIENTS, awaited=False)
 
 
 def qube_is_forgotten(draft: Draft, qube: Qube) -> None:
@@ -374,7 +375,7 @@ def _before_system(draft: Draft, name: str, new: Value, old: OldValue) -> None:
         clock = view.qube(str(new)) if new else None
         if clock is not None and CLOCK_FEATURE not in clock.features:
             set_feature(draft, clock, CLOCK_FEATURE, "1")
-            draft.live(clock)
+            draft.live(clock, APPLY_KEYS)
 
 
 def _after_system(draft: Draft, name: str, new: Value, old: OldValue) -> None:
@@ -394,7 +395,7 @@ def _after_system(draft: Draft, name: str, new: Value, old: OldValue) -> None:
             for qube in by_name(q for q in view.without(own) if _has(q, own)):
                 keep_one_tag(draft, qube, own, str(new or ""))
                 draft.emit(events.property_set_only(qube, own, new, old))
-                draft.live(qube)
+                draft.live(qube, APPLY_KEYS)
         case "default_dispvm":
             for qube in by_name(view.without(name)):
                 if qube.klass != DISP and _has(qube, name):
@@ -403,7 +404,7 @@ def _after_system(draft: Draft, name: str, new: Value, old: OldValue) -> None:
             former = view.qube(str(old)) if isinstance(old, str) and old != new else None
             if former is not None and CLOCK_FEATURE in draft.qube(former.uuid).features:
                 delete_feature(draft, former, CLOCK_FEATURE)
-                draft.live(former)
+                draft.live(former, APPLY_KEYS)
 
 
 # ---- quarantine

@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any
 
 from bulkhead.api import domains_pb2, hostd_pb2
 from bulkhead.bus.errors import BusError
-from bulkhead.model.evaluate import evaluate, is_running
+from bulkhead.model.evaluate import evaluate, is_running, provides_network
 from bulkhead.model.plan.storage import attached_device
 from bulkhead.model.power import current_power
-from bulkhead.model.records import Assignment, Phase, Problem, Qube
-from bulkhead.model.specs import ApplySpec, AttachSpec, DetachSpec
+from bulkhead.model.records import Assignment, OperationState, Phase, Problem, Qube
+from bulkhead.model.specs import (
+    APPLY_CLIENTS,
+    APPLY_KEYS,
+    APPLY_RULES,
+    ApplySpec,
+    AttachSpec,
+    DetachSpec,
+)
 from services.lifecycle.core import boot, guest_keys
 from services.lifecycle.executor import Outcome, StepContext, StepFailed
 from services.lifecycle.participants import fill
@@ -37,9 +46,12 @@ from services.lifecycle.steps.start import (
 
 log = logging.getLogger("bulkhead.lifecycle")
 
+Part = Callable[[StepContext, Qube], Awaitable[None]]
+
 
 class Apply:
-    """Network, guest keys and memory of a running qube are as the record says."""
+    """Network, guest keys and memory of a running qube are as the record says, or the parts
+    of these that the operation names."""
 
     async def forward(self, context: StepContext) -> Outcome:
         spec = context.operation.spec
@@ -48,9 +60,8 @@ class Apply:
         if _ended(context, spec):
             return Outcome()
         try:
-            await _network(context, qube)
-            await _keys(context, qube)
-            await _memory(context, qube)
+            for part in _parts(context, spec):
+                await part(context, qube)
         except (BusError, StepFailed):
             if not _ended(context, spec):
                 raise
@@ -64,6 +75,21 @@ class Apply:
         """What is derived is brought forward only: the next APPLY or start mends it."""
 
 
+def _parts(context: StepContext, spec: ApplySpec) -> tuple[Part, ...]:
+    """What is to be done. All of it where an earlier APPLY of the boot did not succeed: what
+    that one left undone nobody else would mend."""
+    failed = any(
+        other.kind == "APPLY"
+        and other.state in (OperationState.FAILED, OperationState.CANCELLED)
+        and isinstance(other.spec, ApplySpec)
+        and other.spec.boot_id == spec.boot_id
+        for other in context.view.operations.values()
+    )
+    if failed or not spec.parts or not PARTS.keys() >= set(spec.parts):
+        return _network, _memory
+    return tuple(PARTS[part] for part in spec.parts)
+
+
 def _ended(context: StepContext, spec: ApplySpec) -> bool:
     """The boot that the change was for is over, or about to be."""
     qube = context.view.by_uuid_any(spec.uuid)
@@ -71,28 +97,30 @@ def _ended(context: StepContext, spec: ApplySpec) -> bool:
 
 
 async def _network(context: StepContext, qube: Qube) -> None:
-    """The interface hangs at the netvm that the record names, under the qube's rules."""
+    """The interface hangs at the netvm that the record names, under the qube's rules; the
+    guest's keys are there before it is plugged anew."""
     view = context.view
-    power = current_power(view, qube)
     if boot.is_namespace_netvm(view, qube):
+        await _keys(context, qube)
         return
     link = boot.link(view, qube)
+    there = link if link is not None and is_running(view, link.netvm) else None
+    power = current_power(view, qube)
     if power is not None and power.power == "paused":
         # Its interface stays as it is; the rules are there before it wakes.
-        if (
-            link is not None
-            and is_running(view, link.netvm)
-            and not boot.is_namespace_netvm(view, link.netvm)
-        ):
-            await apply_rules(context, qube, link)
+        await _together(_keys(context, qube), _rules(context, qube))
         return
-    await _forget(context, qube, link.netvm if link is not None else None)
-    if link is None or not is_running(view, link.netvm):
-        await _detach(context, qube)
-        await withdraw(context, qube)
+    others = _forget(context, qube, link.netvm if link is not None else None)
+    if there is None:
+        await _together(_keys(context, qube), others, _unplugged(context, qube))
         return
-    await apply_rules(context, qube, link)
-    if boot.is_namespace_netvm(view, link.netvm):
+    await _together(
+        _keys(context, qube),
+        others,
+        apply_rules(context, qube, there),
+        _introduce(context, qube, there.netvm),
+    )
+    if boot.is_namespace_netvm(view, there.netvm):
         # The same tap moves; the guest notices nothing.
         hostd = context.participants.hostd
         assert hostd is not None
@@ -101,19 +129,50 @@ async def _network(context: StepContext, qube: Qube) -> None:
             timeout=CALL_TIMEOUT_S,
             context=context.call("unplug"),
         )
-        await plug(context, qube, link)
-    else:
-        for interface in boot.interfaces(view, qube, ""):
-            message = fill(domains_pb2.InterfaceSpec(), interface)
-            await context.participants.domains.attach_interface(
-                domains_pb2.AttachInterfaceRequest(boot=running_boot(qube), interface=message),
-                timeout=CALL_TIMEOUT_S,
-                context=context.call("attach"),
-            )
-        if link.netvm.klass != "AdminVM":
-            connected = guest_keys.connected_tree(view, link.netvm)
-            mapped = guest_keys.mapped_tree(view, qube)
-            await _write(context, link.netvm, (*connected.write, *mapped.write), mapped.remove)
+        await plug(context, qube, there)
+        return
+    for interface in boot.interfaces(view, qube, ""):
+        message = fill(domains_pb2.InterfaceSpec(), interface)
+        await context.participants.domains.attach_interface(
+            domains_pb2.AttachInterfaceRequest(boot=running_boot(qube), interface=message),
+            timeout=CALL_TIMEOUT_S,
+            context=context.call("attach"),
+        )
+
+
+async def _together(*work: Coroutine[Any, Any, None]) -> None:
+    """Beside each other; all have ended when this does, whatever fails."""
+    for end in await asyncio.gather(*work, return_exceptions=True):
+        if isinstance(end, BaseException):
+            raise end
+
+
+async def _rules(context: StepContext, qube: Qube) -> None:
+    """A guest netvm that runs has the qube's rules."""
+    view = context.view
+    link = boot.link(view, qube)
+    if (
+        link is not None
+        and is_running(view, link.netvm)
+        and not boot.is_namespace_netvm(view, link.netvm)
+    ):
+        await apply_rules(context, qube, link)
+
+
+async def _introduce(context: StepContext, qube: Qube, netvm: Qube) -> None:
+    """A guest netvm knows the addresses of its client before that one is plugged."""
+    if netvm.klass == "AdminVM" or boot.is_namespace_netvm(context.view, netvm):
+        return
+    connected = guest_keys.connected_tree(context.view, netvm)
+    mapped = guest_keys.mapped_tree(context.view, qube)
+    await _write(context, "introduce", netvm, (*connected.write, *mapped.write), mapped.remove)
+
+
+async def _clients(context: StepContext, qube: Qube) -> None:
+    """A netvm knows who its clients are."""
+    if provides_network(qube):
+        keys = guest_keys.connected_tree(context.view, qube).write
+        await _write(context, "clients", qube, keys, ())
 
 
 async def _forget(context: StepContext, qube: Qube, netvm: Qube | None) -> None:
@@ -122,22 +181,23 @@ async def _forget(context: StepContext, qube: Qube, netvm: Qube | None) -> None:
     view = context.view
     # Without a netvm it has no address any more: the ones that it would have.
     addresses = [address for address in guest_keys.own_addresses(view, qube) if address]
-    others = [other for other in guest_netvms(context) if other is not netvm]
-    # Beside each other, and all have ended when this does, whatever fails.
-    ends = await asyncio.gather(
-        *(_forget_in(context, other, qube, addresses) for other in others), return_exceptions=True
-    )
-    for end in ends:
-        if isinstance(end, BaseException):
-            raise end
+    own = {qube.uuid, netvm.uuid if netvm is not None else ""}
+    others = [other for other in guest_netvms(context) if other.uuid not in own]
+    await _together(*(_forget_in(context, other, qube, addresses) for other in others))
 
 
 async def _forget_in(context: StepContext, netvm: Qube, qube: Qube, addresses: list[str]) -> None:
     connected = guest_keys.connected_tree(context.view, netvm).write
     removed = tuple(f"/mapped-ip/{address}/" for address in addresses)
-    await _write(context, netvm, connected, removed, texts_of(context, netvm, qube))
+    texts = texts_of(context, netvm, qube)
+    await _write(context, "forget", netvm, connected, removed, texts)
     for address in addresses:
         await close(context, netvm, address)
+
+
+async def _unplugged(context: StepContext, qube: Qube) -> None:
+    await _detach(context, qube)
+    await withdraw(context, qube)
 
 
 async def _detach(context: StepContext, qube: Qube) -> None:
@@ -160,11 +220,13 @@ async def _keys(context: StepContext, qube: Qube) -> None:
     core = guest_keys.core_tree(context.view, qube, timezone=host_timezone())
     exported = guest_keys.exported_tree(context.view, qube)
     tell_refused(qube, (*core.refused, *exported.refused))
-    await _write(context, qube, (*core.write, *exported.write), (*core.remove, *exported.remove))
+    removed = (*core.remove, *exported.remove)
+    await _write(context, "keys", qube, (*core.write, *exported.write), removed)
 
 
 async def _write(
     context: StepContext,
+    what: str,
     qube: Qube,
     keys: tuple[tuple[str, str], ...],
     removed: tuple[str, ...],
@@ -180,7 +242,8 @@ async def _write(
             removed_of=removed_of,
         ),
         timeout=CALL_TIMEOUT_S,
-        context=context.call(f"keys/{qube.uuid}"),
+        # Two writes to one guest are two calls, or the second would have the answer of the first.
+        context=context.call(f"{what}/{qube.uuid}"),
     )
 
 
@@ -202,6 +265,9 @@ async def _memory(context: StepContext, qube: Qube) -> None:
         if error.reason != "HYPERVISOR_UNSUPPORTED":
             raise
         log.warning("maxmem of %s counts from its next start: %s", qube.name, error.message)
+
+
+PARTS: Mapping[str, Part] = {APPLY_CLIENTS: _clients, APPLY_RULES: _rules, APPLY_KEYS: _keys}
 
 
 def _disk(context: StepContext, asked: Assignment) -> domains_pb2.DiskSpec:

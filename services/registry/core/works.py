@@ -35,7 +35,14 @@ from bulkhead.model.records import (
     WireEvent,
 )
 from bulkhead.model.refusal import Refusal
-from bulkhead.model.specs import ApplySpec, Command, OperationSpec, PreloadMarks, kind_of
+from bulkhead.model.specs import (
+    APPLY_RULES,
+    ApplySpec,
+    Command,
+    OperationSpec,
+    PreloadMarks,
+    kind_of,
+)
 from bulkhead.model.view import View
 from services.registry.core import adopt, operations
 from services.registry.core.announce import (
@@ -90,7 +97,7 @@ def with_applies(
             try:
                 begun = plan_begin(
                     view,
-                    ApplySpec(uuid, qube.run.boot_id, revision),
+                    ApplySpec(uuid, qube.run.boot_id, revision, plan.parts.get(uuid, ())),
                     operation_id=outside.new_id(),
                     source=source,
                     now=now,
@@ -483,7 +490,8 @@ class Announce:
     def _with_apply(
         self, view: View, qube: Qube, changes: tuple[Change, ...], now: Numbers
     ) -> tuple[Change, ...]:
-        plan = Plan(changes=changes, live=(qube.uuid,))
+        parts = {qube.uuid: (APPLY_RULES,)}
+        plan = Plan(changes=changes, live=(qube.uuid,), parts=parts)
         try:
             return with_applies(
                 view,
