@@ -87,6 +87,13 @@ class Actions:
         memory = maximum = cpu = 0
         if qube.klass == "AdminVM":
             maximum = memory = view.host.dom0_maxmem_mib * 1024 if view.host is not None else 0
+            usage = await self._backend.read(
+                "Domains.Stats",
+                domains_pb2.StatsRequest(uuids=[qube.uuid]),
+                domains_pb2.StatsReply,
+            )
+            for row in usage.domains if usage is not None else ():
+                memory, cpu = row.memory_kib, row.cpu_time_ns
         elif qube.klass != "RemoteVM" and qube.run.phase is not Phase.HALTED:
             found = await self._backend.read(
                 "Domains.Describe",

@@ -575,7 +575,7 @@ class AdminApi:
         return qube.klass in ("AdminVM", "RemoteVM")
 
     def _measurable(self, qube: Qube) -> bool:
-        return not self._always_on(qube) and qube.run.phase is Phase.UP
+        return qube.klass == "AdminVM" or (not self._always_on(qube) and qube.run.phase is Phase.UP)
 
     async def _sample(self) -> None:
         """One round for all readers each stats_interval, while there are readers."""

@@ -15,6 +15,7 @@ from bulkhead import failpoints
 from bulkhead.api import control_pb2, domains_pb2
 from bulkhead.bus.dispatch import Call
 from bulkhead.model.epoch import EpochGuard
+from bulkhead.model.records import ADMINVM_UUID
 
 from . import failpoint_table as _failpoint_table  # noqa: F401  (declares the failpoints)
 from . import messages
@@ -305,10 +306,23 @@ class DomainsHandlers:
 
     @answers
     async def stats(self, request: domains_pb2.StatsRequest, call: Call) -> domains_pb2.StatsReply:
-        """Memory and CPU of the named qubes, or of all; those without a domain are left out."""
+        """Memory and CPU of the named qubes, or of all; those without a domain are left out.
+
+        dom0 is named by its uuid, and one of all.
+        """
         wanted = {specs.check_uuid(uuid) for uuid in request.uuids}
         reply = domains_pb2.StatsReply()
-        for domain in await self._hypervisor.inventory(self._calls.left(call)):
+        if not wanted or ADMINVM_UUID in wanted:
+            usage = await self._hypervisor.admin_usage(self._calls.left(call))
+            reply.domains.add(
+                uuid=ADMINVM_UUID,
+                memory_kib=usage.memory_kib,
+                memory_assigned_kib=usage.memory_max_kib,
+                cpu_time_ns=usage.cpu_time_ns,
+                online_vcpus=usage.vcpus,
+            )
+        guests = wanted != {ADMINVM_UUID}
+        for domain in await self._hypervisor.inventory(self._calls.left(call)) if guests else ():
             if not domain.boot_id or (wanted and domain.uuid not in wanted):
                 continue
             row = reply.domains.add(

@@ -82,6 +82,10 @@ def test_the_host_is_known(bench: Bench) -> None:
         assert host.memory_kib > 512 * 1024
         assert host.cpus >= 1
         assert host.free_kib is None or 0 < host.free_kib <= host.memory_kib
+        usage = await hypervisor.admin_usage(bench.patience)
+        assert 0 < usage.memory_kib <= usage.memory_max_kib <= host.memory_kib
+        assert usage.vcpus == host.cpus
+        assert usage.cpu_time_ns <= (await hypervisor.admin_usage(bench.patience)).cpu_time_ns
 
     run(bench, scenario)
 

@@ -56,6 +56,19 @@ class HostInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class AdminUsage:
+    """What dom0 has and uses; where it is no domain, the whole host with its guests.
+
+    cpu_time_ns: since it was started, over all its vcpus.
+    """
+
+    memory_kib: int
+    memory_max_kib: int
+    cpu_time_ns: int
+    vcpus: int
+
+
+@dataclass(frozen=True, slots=True)
 class Domain:
     """One existing domain.
 
@@ -126,6 +139,9 @@ class Hypervisor(Protocol):
 
     async def host(self, timeout: float) -> HostInfo:
         """The host's size and kind."""
+
+    async def admin_usage(self, timeout: float) -> AdminUsage:
+        """Memory and CPU of dom0 now."""
 
     async def inventory(self, timeout: float) -> tuple[Domain, ...]:
         """Every existing domain, those without boot id too."""

@@ -36,7 +36,7 @@ from services.domains.core.xml.qemu import target as qemu_target
 
 from . import pci
 from .abandonment import CallsUnderWay
-from .hypervisor import Domain, Event, Failure, HostInfo, HypervisorError, News
+from .hypervisor import AdminUsage, Domain, Event, Failure, HostInfo, HypervisorError, News
 from .libvirt_calls import Connection, Lane
 from .xenstore import Xenstore
 
@@ -190,6 +190,23 @@ class LibvirtHypervisor:
             cpu_family_model=_family_model(),
             free_kib=free,
         )
+
+    async def admin_usage(self, timeout: float) -> AdminUsage:
+        return await self._read.run(self._admin_usage, timeout)
+
+    def _admin_usage(self, connection: libvirt.virConnect) -> AdminUsage:
+        _, memory_mib, cpus, *_ = connection.getInfo()
+        total_kib = memory_mib * 1024
+        if self._kind == "xen":
+            _, maximum, memory, vcpus, cpu_time = connection.lookupByID(0).info()
+            # Without a limit Xen tells the largest number that there is.
+            return AdminUsage(memory, min(maximum, total_kib), cpu_time, vcpus)
+        if self._kind == "qemu":
+            total_kib = _memory_kib("MemTotal") or total_kib
+            spent = connection.getCPUStats(libvirt.VIR_NODE_CPU_STATS_ALL_CPUS, 0)
+            used = total_kib - (_memory_kib("MemAvailable") or 0)
+            return AdminUsage(used, total_kib, spent["kernel"] + spent["user"], cpus)
+        return AdminUsage(total_kib, total_kib, 0, cpus)
 
     async def inventory(self, timeout: float) -> tuple[Domain, ...]:
         def call(connection: libvirt.virConnect) -> list[str]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from bulkhead.durable import unlink, write_file
 from bulkhead.model.records import DeviceFact
 from services.domains.adapters.hypervisor import (
+    AdminUsage,
     Domain,
     Event,
     Failure,
@@ -132,6 +133,9 @@ class WithNamespaces:
 
     async def host(self, timeout: float) -> HostInfo:
         return await self.behind.host(timeout)
+
+    async def admin_usage(self, timeout: float) -> AdminUsage:
+        return await self.behind.admin_usage(timeout)
 
     async def inventory(self, timeout: float) -> tuple[Domain, ...]:
         return (*self._domains.values(), *await self.behind.inventory(timeout))

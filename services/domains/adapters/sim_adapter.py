@@ -23,7 +23,7 @@ from services.domains.core.spec import DiskSpec, DomainSpec, InterfaceSpec
 from services.domains.core.tracker import Sighting
 
 from .abandonment import CallsUnderWay
-from .hypervisor import Domain, Event, Failure, HostInfo, HypervisorError, News
+from .hypervisor import AdminUsage, Domain, Event, Failure, HostInfo, HypervisorError, News
 
 LINE = 1 << 20
 RECONNECT_S = 0.05
@@ -219,6 +219,9 @@ class SimHypervisor:
             dom0_maxmem_mib=shown["dom0_maxmem_mib"],
             free_kib=shown["free_kib"],
         )
+
+    async def admin_usage(self, timeout: float) -> AdminUsage:
+        return AdminUsage(**await self._call("admin_usage", timeout))
 
     async def inventory(self, timeout: float) -> tuple[Domain, ...]:
         return tuple(_domain(shown) for shown in await self._call("inventory", timeout))

@@ -96,6 +96,11 @@ class Machine:
             "free_kib": (MEMORY_MIB - used) * 1024,
         }
 
+    def admin_usage(self) -> dict[str, Any]:
+        """dom0 has all its memory, and does nothing."""
+        memory = DOM0_MAXMEM_MIB * 1024
+        return {"memory_kib": memory, "memory_max_kib": memory, "cpu_time_ns": 0, "vcpus": CPUS}
+
     def inventory(self) -> list[dict[str, Any]]:
         return [self._shown(domain) for domain in self._domains.values()]
 
@@ -397,6 +402,7 @@ class Machine:
 
 # The calls that domains makes; a fault can be put on each.
 CALLS: tuple[str, ...] = (
+    "admin_usage",
     "host",
     "devices",
     "inventory",
