@@ -52,6 +52,12 @@ class HostNames:
         """No rule speaks of others any more."""
         self._table.keep_only(names)
 
+    def follow(self, names: Sequence[str]) -> None:
+        """Ask about these too, while nobody waits for the answers."""
+        if names:
+            self._table.want(names)
+            self._wake.set()
+
     async def ask(self, names: Sequence[str], again: bool = False) -> None:
         """Wait a little until names that are new (again: all of them) are answered."""
         if not names:

@@ -197,7 +197,8 @@ class RuleKeeper:
         async with self._locks.hold(uuid):
             self._announcements.called(uuid, qube)
             stored = await self.rules(uuid)
-            if self._tables.applied(uuid) is not None and stored.rules is not None:
+            here = self._tables.applied(uuid)
+            if here is not None and here.target.namespace and stored.rules is not None:
                 await self._names.ask(ruleset.host_names(stored.rules), again=True)
             try:
                 applied = await self._tables.enforce(uuid, stored)

@@ -137,8 +137,11 @@ class Tables:
         if current is None:
             return False
         names = ruleset.host_names(stored.rules or ())
-        await self._names.ask(names)
         target = current.target
+        if target.namespace:
+            await self._names.ask(names)
+        else:
+            self._names.follow(names)  # the netvm that is a guest resolves them itself
         async with self._locks.hold(table_lock(target.netvm_uuid)):
             netvm = self._netvms.get(target.netvm_uuid)
             if netvm is None:

@@ -28,6 +28,7 @@ from services.firewall.core.flows import Flow
 from services.firewall.core.reasons import REASONS
 from services.firewall.core.ruleset import Transaction
 from services.firewall.handlers import FirewallHandlers
+from services.firewall.host_names import NAME_WAIT_S
 from services.firewall.keeper import RuleKeeper
 
 A = "11111111-1111-4111-8111-111111111111"
@@ -661,6 +662,42 @@ def test_unknown_name_makes_only_its_rule_inert_until_it_answers(world: World) -
         again = world.keeper()
         await again.adopt()
         assert world.chain()[0].startswith("ip daddr { 192.0.2.7 }")
+
+    run(story())
+
+
+def test_a_guest_netvm_resolves_itself_so_nobody_waits_for_names_here(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host without a network of its own has no resolver that answers."""
+    answer = asyncio.Event()
+    known = world.resolve
+
+    async def resolve(name: str) -> tuple[tuple[str, ...], float]:
+        await answer.wait()
+        return await known(name)
+
+    monkeypatch.setattr(world, "resolve", resolve)
+    world.names["a.org"] = ("192.0.2.7",)
+
+    async def story() -> None:
+        keeper = world.keeper()
+        await keeper.adopt()
+        task = asyncio.create_task(keeper.run_names())
+        async with asyncio.timeout(NAME_WAIT_S / 2):
+            await keeper.apply(target(namespace=""), False)
+            await keeper.set_rules(A, "q20", ["action=accept dsthost=a.org"])
+            _, keys = await keeper.apply(target(namespace=""), False)
+            await keeper.reload(A, "q20")
+        assert "/qubes-firewall/10.137.0.20/0000=action=accept dsthost=a.org" in keys
+        assert (await keeper.effective(A))[0][0].inert
+        # What it would do is known once somebody has answered.
+        answer.set()
+        async with asyncio.timeout(10):
+            while (await keeper.effective(A))[0][0].inert:
+                await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
     run(story())
 
