@@ -218,3 +218,34 @@ def test_a_guest_is_told_its_network_before_it_is_plugged_anew(w: World) -> None
     before = {r.boot.uuid for name, r in domains.calls[:at] if name == "write_guest_keys"}
     assert before == {w.qube(name).uuid for name in ("work", "sys-net", "other-net")}
     assert not any(name == "write_guest_keys" for name, _ in domains.calls[at:])
+
+
+def test_a_tap_moves_once_the_rules_are_in_the_other_namespace(w: World) -> None:
+    host = w.view.host
+    assert host is not None
+    w.view.apply(FactPut(replace(host, hypervisor="kvm")))
+    order = Domains()
+
+    class Both(Firewall):
+        """One list of calls for all, and what a namespace is called."""
+
+        def __getattr__(self, name: str) -> Any:
+            async def call(_: Any, **__: object) -> Any:
+                order.calls.append((name, None))
+                return SimpleNamespace(namespace="bh-net", tap="tap")
+
+            return call
+
+        async def apply(self, request: Any, **_: object) -> Any:
+            order.calls.append(("apply", request))
+            return SimpleNamespace(guest_keys=[])
+
+    record = w.qube("work")
+    spec = ApplySpec(record.uuid, record.run.boot_id)
+    operation = Operation("op", "APPLY", spec, (record.uuid,), OperationState.RUNNING)
+    participants: Any = SimpleNamespace(domains=order, firewall=Both(), hostd=Both())
+    executor: Any = SimpleNamespace(replica=SimpleNamespace(view=w.view))
+    asyncio.run(Apply().forward(StepContext(operation, "apply", participants, 1, executor)))
+    moves = [name for name, _ in order.calls if name in ("apply", "unplug", "plug")]
+    assert moves == ["apply", "unplug", "plug"]
+    assert [r.boot.uuid for r in order.of("write_guest_keys")] == [record.uuid]
