@@ -8,7 +8,6 @@ from bulkhead.bus.confine import Confinement
 from bulkhead.bus.runtime import ServiceContext, serve
 from bulkhead.config import Settings
 from clients.bus import (
-    DomainsClient,
     FirewallClient,
     HostdClient,
     RegistryClient,
@@ -16,6 +15,7 @@ from clients.bus import (
 )
 from services.lifecycle.executor import Executor
 from services.lifecycle.handlers import LifecycleHandlers
+from services.lifecycle.key_turns import DomainsInTurns
 from services.lifecycle.participants import Participants
 from services.lifecycle.patience import Patience
 from services.lifecycle.steps.table import STEPS
@@ -28,7 +28,7 @@ async def build(context: ServiceContext) -> LifecycleHandlers:
     participants = Participants(
         registry=RegistryClient(context.channel("registry")),
         storage=StorageClient(context.channel("storage")),
-        domains=DomainsClient(context.channel("domains")),
+        domains=DomainsInTurns(context.channel("domains")),
         firewall=FirewallClient(context.channel("firewall")),
         hostd=HostdClient(context.channel("hostd")) if with_hostd else None,
     )
