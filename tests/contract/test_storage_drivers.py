@@ -22,7 +22,7 @@ from services.storage.core.names import Role, file_name
 from services.storage.core.reasons import StorageRefusal
 from services.storage.core.states import Found
 from services.storage.drivers import files
-from services.storage.drivers.directory import DirectoryDriver
+from services.storage.drivers.directory.driver import DirectoryDriver
 from services.storage.drivers.interface import Cancel
 from services.storage.drivers.load import open_pool
 from tests.fakes import loopfs

@@ -28,7 +28,7 @@ from services.storage.core.names import classify
 from services.storage.core.reasons import StorageRefusal
 from services.storage.core.states import Found
 from services.storage.drivers import files
-from services.storage.drivers.directory import DirectoryDriver
+from services.storage.drivers.directory.driver import DirectoryDriver
 from services.storage.drivers.interface import Cancel, Driver
 from services.storage.drivers.linux_kernel import LinuxKernelDriver
 from services.storage.drivers.load import open_pool

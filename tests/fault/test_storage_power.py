@@ -18,7 +18,7 @@ import pytest
 
 from bulkhead.model.records import Pool, Volume
 from services.storage.core.reasons import StorageRefusal
-from services.storage.drivers.directory import DirectoryDriver
+from services.storage.drivers.directory.driver import DirectoryDriver
 from services.storage.drivers.interface import Cancel, Driver
 from services.storage.drivers.load import open_pool
 from tests.fakes import loopfs

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import errno
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bulkhead.model.records import REVISIONS_LIMIT, Pool, Volume
-from services.storage.core.names import (
-    Revision,
-    Role,
-    classify,
-    file_name,
-    next_revision,
-    surplus,
-)
+from services.storage.core.names import Role, classify, file_name
 from services.storage.core.places import containing
+from services.storage.core.present import Present, gather, require_committed, require_quiet
 from services.storage.core.reasons import REASONS, StorageRefusal, from_os_error
+from services.storage.core.revisions import Revision, next_revision, surplus, to_revert_to
 from services.storage.core.volumes import (
     Kind,
+    Vid,
     ephemeral,
     kind_of,
     parse_bool,
@@ -210,3 +206,107 @@ def test_errors_of_the_system_have_reasons() -> None:
     with pytest.raises(KeyError):
         StorageRefusal("NO_SUCH_REASON", "text")
     assert all(name == row.name for name, row in REASONS.items())
+
+
+# ---- what a set of files means
+
+REVISION_1 = "private.img.1@2024-01-02T03:04:05Z"
+REVISION_2 = "private.img.2@2024-01-02T03:04:06Z"
+OF_PRIVATE = [
+    "private.img~0123456789ab",
+    "private-cow.img",
+    REVISION_1,
+    REVISION_2,
+    "private-precache.img",
+    "private-import.img",
+    "private-base.img",
+    "private-dirty.qcow2",
+    "private-dirty.img",
+    "private.img",
+]
+
+
+def of_private(*names: str) -> Present:
+    return gather(Vid("appvms", "work", "private"), Path("/pool/appvms/work"), names)
+
+
+def test_a_removal_takes_every_file_of_the_volume_and_the_current_data_last() -> None:
+    others = ["root.img", "private2.img", "firewall.xml", "private.img.x"]
+    present = of_private(*reversed(OF_PRIVATE), *others)
+    assert [path.name for path in present.everything] == OF_PRIVATE
+    present.forget()
+    assert present.everything == []
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "shown"),
+    [
+        (OF_PRIVATE, "committed", "private.img"),
+        (OF_PRIVATE[:-1], "running", "private-dirty.qcow2"),
+        ([*OF_PRIVATE[:7], "private-dirty.img"], "running", "private-dirty.img"),
+        (OF_PRIVATE[:7], "import", "private-import.img"),
+        (OF_PRIVATE[:5], "revisions", REVISION_2),
+        (OF_PRIVATE[:2], "temporary", "private.img~0123456789ab"),
+        (["private-base.img"], "temporary", "private-base.img"),
+    ],
+)
+def test_what_is_left_of_a_volume(names: list[str], kind: str, shown: str) -> None:
+    assert of_private(*names).state == (kind, Path("/pool/appvms/work", shown))
+
+
+def test_nothing_is_left_of_a_volume() -> None:
+    assert of_private("root.img").state is None
+
+
+def test_whose_tag_counts_first() -> None:
+    """Beside running data the current state may be a second name of the source's."""
+    telling = [path.name for path in of_private(*OF_PRIVATE).telling]
+    assert telling == [
+        "private-dirty.qcow2",
+        "private-dirty.img",
+        "private.img",
+        "private-import.img",
+        "private-precache.img",
+        REVISION_2,
+        REVISION_1,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["private.img", "private-dirty.img"], "VOLUME_DIRTY"),
+        (["private.img", "private-dirty.qcow2", "private-import.img"], "VOLUME_DIRTY"),
+        (["private.img", "private-import.img"], "VOLUME_IMPORTING"),
+    ],
+)
+def test_a_volume_that_is_not_at_rest_is_left_alone(names: list[str], reason: str) -> None:
+    volume = Volume("private", "p", "appvms/work/private", 0, 1, True, True)
+    require_quiet(of_private("private.img", "private-precache.img", REVISION_1), volume, "revert")
+    with pytest.raises(StorageRefusal) as refused:
+        require_quiet(of_private(*names), volume, "revert")
+    assert refused.value.reason == reason
+
+
+def test_why_there_is_no_current_state() -> None:
+    volume = Volume("private", "p", "appvms/work/private", 0, 1, True, True)
+    found = require_committed(of_private("private.img", "private-dirty.img"), volume, "p")
+    assert found.name == "private.img"
+    for names, reason in (
+        (["private-dirty.img"], "SOURCE_RUNNING"),
+        ([REVISION_1], "VOLUME_NOT_FOUND"),
+    ):
+        with pytest.raises(StorageRefusal) as refused:
+            require_committed(of_private(*names), volume, "p")
+        assert refused.value.reason == reason
+
+
+def test_a_revert_without_a_name_passes_over_the_current_state() -> None:
+    one, two, ten = (Revision(n, 0) for n in (1, 2, 10))
+    existing = [two, ten, one]
+    assert to_revert_to(existing, "", lambda _: False) == ten
+    assert to_revert_to(existing, "", lambda r: r == ten) == two
+    assert to_revert_to(existing, "", lambda _: True) is None
+    assert to_revert_to(existing, "10", lambda _: True) == ten
+    assert to_revert_to(existing, "3", lambda _: False) is None
+    assert to_revert_to([], "", lambda _: False) is None

@@ -1,17 +1,18 @@
-"""Names of a volume's files, and which revisions live.
+"""Names of a volume's files.
 
-Owns the mapping (volume, role) <-> file name and the arithmetic of revisions. Must not
-know what is in a file. Invariant: classify() is the inverse of every name made here, and
-no name of one volume is also a name of another.
+Owns the roles and the mapping (volume, role) <-> file name. Must not know what is in a
+file. Invariant: classify() is the inverse of every name made here, and no name of one
+volume is also a name of another.
 """
 
 from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+
+from services.storage.core.revisions import Revision
 
 
 class Role(enum.Enum):
@@ -35,19 +36,6 @@ class Name:
     role: Role
     revision: Revision | None = None
     temporary: bool = False
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Revision:
-    """A revision: number (its id is the number in decimal) and unix time in seconds."""
-
-    number: int
-    time: int
-
-    @property
-    def id(self) -> str:
-        """As in admin.vm.volume.ListSnapshots."""
-        return str(self.number)
 
 
 _TIME = "%Y-%m-%dT%H:%M:%S"
@@ -86,16 +74,3 @@ def classify(name: str) -> Name | None:
     ending = match["role"]
     role = Role.LEGACY if ending.startswith("-cow.img") else Role(ending)
     return Name(match["volume"], role, None, temporary)
-
-
-def next_revision(existing: Iterable[Revision], mtime: float) -> Revision:
-    """The revision that a commit replaced at `mtime` becomes: newest number + 1, from 1."""
-    return Revision(max((r.number for r in existing), default=0) + 1, int(mtime))
-
-
-def surplus(existing: Iterable[Revision], keep: int) -> list[Revision]:
-    """Revisions beyond the newest `keep`, oldest first; a negative `keep` keeps all."""
-    ordered = sorted(existing)
-    if keep < 0:
-        return []
-    return ordered[: max(0, len(ordered) - keep)]

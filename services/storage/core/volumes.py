@@ -58,6 +58,23 @@ def kind_of(volume: Volume) -> Kind:
     return Kind.SNAPSHOT if volume.snap_on_start else Kind.VOLATILE
 
 
+def require_origin(volume: Volume, what: str) -> None:
+    """NOT_ORIGIN, in words that say what cannot be done, for a volume of another kind."""
+    if kind_of(volume) is not Kind.ORIGIN:
+        raise StorageRefusal(
+            "NOT_ORIGIN",
+            f"cannot {what} volume {volume.vid}: it keeps no data of its own between starts",
+            volume=volume.vid,
+        )
+
+
+def source_of(volume: Volume, source: Volume | None) -> Volume:
+    """A snapshot's source: as the caller told, else what the volume itself says of it."""
+    if source is not None:
+        return source
+    return Volume(name=volume.name, pool=volume.pool, vid=volume.source, rw=True, save_on_stop=True)
+
+
 @dataclass(frozen=True, slots=True)
 class Vid:
     """A checked volume id of a directory pool: "<prefix>/<qube>/<name>"."""

@@ -18,11 +18,14 @@ from pathlib import Path
 
 from bulkhead import failpoints
 from bulkhead.durable import fsync_directory
-from bulkhead.model.records import Volume
+from bulkhead.model.records import Pool, Volume
 from services.storage.core.names import Role
+from services.storage.core.present import Present
 from services.storage.core.reasons import StorageRefusal
 from services.storage.drivers import files
-from services.storage.drivers.directory import DirectoryDriver, Present
+from services.storage.drivers.directory.commits import Commits
+from services.storage.drivers.directory.driver import DirectoryDriver
+from services.storage.drivers.directory.running_data import NextStart, RunningData, mark_running
 from services.storage.drivers.files import Fresh, fresh, get_tag, opened, set_tags
 from services.storage.drivers.interface import Cancel, DriverInfo
 
@@ -36,6 +39,10 @@ class FileDriver(DirectoryDriver):
     name = "file"
     clean_mode = 0o640  # QEMU reads it below an overlay
     parameters = ("revisions_to_keep", "dir_path", "ephemeral_volatile")
+
+    def __init__(self, pool: Pool) -> None:
+        program = QemuImg(pool.name, self.name)
+        super().__init__(pool, Bases(), lambda commits: Overlays(commits, program))
 
     @classmethod
     def info(cls) -> DriverInfo:
@@ -59,7 +66,26 @@ class FileDriver(DirectoryDriver):
                 driver=self.name,
             )
 
-    def _start_copy(
+
+class Bases(NextStart):
+    """An overlay needs no preparation; a base without one is a crashed start's."""
+
+    def prepare(self, owner: str, present: Present, volume: Volume) -> None:
+        self.drop_stale(present)
+
+    def drop_stale(self, present: Present) -> None:
+        if present.running is None and Role.BASE in present.roles:
+            present.path(Role.BASE).unlink(missing_ok=True)
+
+
+class Overlays(RunningData):
+    """Running data is a difference to BASE, a second name of the commit."""
+
+    def __init__(self, commits: Commits, program: QemuImg) -> None:
+        self._commits = commits
+        self._program = program
+
+    def start(
         self, owner: str, boot_id: str, present: Present, source: Path, cancel: Cancel
     ) -> Path:
         base = present.path(Role.BASE)
@@ -70,12 +96,12 @@ class FileDriver(DirectoryDriver):
         with opened(base) as fd:
             size, commit = os.fstat(fd).st_size, files.identity(fd)
         with fresh(overlay) as file:
-            self._qemu_img(
+            self._program.run(
                 cancel,
                 ["create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", base.name],
                 [str(file.path), str(size)],
             )
-            self._finish_running(file.fd, owner, boot_id, commit)
+            mark_running(file.fd, owner, boot_id, commit)
             file.publish("storage.start")
         return overlay
 
@@ -91,19 +117,19 @@ class FileDriver(DirectoryDriver):
             with opened(source) as fd, fresh(base) as file:
                 files.copy(fd, file.fd, os.fstat(fd).st_size, cancel)
                 set_tags(file.fd, {"commit": files.identity(fd)})
-                files.share_with_guests(file.fd, self.clean_mode)
+                files.share_with_guests(file.fd, self._commits.mode)
                 os.fsync(file.fd)
-                file.path.rename(base)
-                file.published = True
+                file.rename()
         fsync_directory(base.parent)
 
-    def _commit_running(
+    def commit(
         self, owner: str, present: Present, volume: Volume, running: Path, cancel: Cancel
     ) -> None:
         clean = present.path(Role.CLEAN)
         if present.roles.get(Role.OVERLAY) != running:
-            self._tag_for_commit("storage.stop", running, owner, "")
-            self._commit("storage.stop", owner, present, volume, lambda: self._take(running, clean))
+            # A start in place, or a pool that the other driver had: it is whole as it is.
+            self._commits.mark("storage.stop", running, owner, "")
+            self._commits.commit_file("storage.stop", owner, present, volume, running)
             return
         commit = get_tag(running, "commit")
         if Role.CLEAN not in present.roles or get_tag(clean, "commit") != commit:
@@ -134,19 +160,14 @@ class FileDriver(DirectoryDriver):
                 file.fd,
                 {"owner": owner, "commit": commit, "boot": get_tag(overlay, "boot")},
             )
-            files.share_with_guests(file.fd, self.clean_mode)
+            files.share_with_guests(file.fd, self._commits.mode)
             os.fsync(file.fd)
-
-            def rename() -> None:
-                file.path.rename(file.final)
-                file.published = True
-
-            self._commit("storage.stop", owner, present, volume, rename)
+            self._commits.commit("storage.stop", owner, present, volume, file.rename)
 
     def _flatten(self, overlay: Path, file: Fresh, cancel: Cancel) -> None:
         with opened(overlay) as fd:
             os.ftruncate(file.fd, files.qcow2_size(fd))
-        self._qemu_img(
+        self._program.run(
             cancel,
             ["convert", "-q", "-n", "--target-is-zero", "-f", "qcow2", "-O", "raw"],
             [str(overlay), str(file.path)],
@@ -159,37 +180,34 @@ class FileDriver(DirectoryDriver):
             fsync_directory(present.directory)
         failpoints.hit("storage.stop.after_discard")
 
-    def _resize_running(self, running: Path, size: int) -> None:
+    def resize(self, running: Path, size: int) -> None:
         if running.suffix != ".qcow2":
-            with opened(running, os.O_RDWR) as fd:
-                os.ftruncate(fd, size)
-                os.fsync(fd)
-            files.resize_loops(running)
+            files.resize_raw(running, size)
             return
-        shrink = ["--shrink"] if size < self._size_of(running) else []
-        self._qemu_img(
+        shrink = ["--shrink"] if size < files.image_size(running) else []
+        self._program.run(
             Cancel(), ["resize", "-q", "-f", "qcow2", *shrink], [str(running), str(size)]
         )
         with opened(running, os.O_RDWR) as fd:
             os.fsync(fd)
 
-    def _drop_stale(self, present: Present) -> None:
-        if present.running is None and Role.BASE in present.roles:
-            present.path(Role.BASE).unlink(missing_ok=True)
 
-    def _prepare_next_start(self, owner: str, present: Present, volume: Volume) -> None:
-        """An overlay needs no preparation; a base without one is a crashed start's."""
-        self._drop_stale(present)
+class QemuImg:
+    """The program that makes and reads overlays, run for one pool."""
 
-    def _qemu_img(self, cancel: Cancel, command: list[str], operands: list[str]) -> None:
+    def __init__(self, pool: str, driver: str) -> None:
+        self._pool = pool
+        self._driver = driver
+
+    def run(self, cancel: Cancel, command: list[str], operands: list[str]) -> None:
         """Run qemu-img to its end. StorageRefusal or OSError with what it said."""
         program = shutil.which("qemu-img", path=_SEARCH)
         if program is None:
             raise StorageRefusal(
                 "POOL_UNUSABLE",
-                f"pool {self.pool.name}: qemu-img is not installed",
-                pool=self.pool.name,
-                driver=self.name,
+                f"pool {self._pool}: qemu-img is not installed",
+                pool=self._pool,
+                driver=self._driver,
             )
         process = subprocess.Popen(
             [program, *command, "--", *operands],
@@ -219,9 +237,9 @@ class FileDriver(DirectoryDriver):
         if any(" lock" in line for line in said):
             raise StorageRefusal(
                 "VOLUME_IN_USE",
-                f"pool {self.pool.name}: the image {operands[0]} is open in another process; "
+                f"pool {self._pool}: the image {operands[0]} is open in another process; "
                 "stop its qube first",
-                pool=self.pool.name,
+                pool=self._pool,
                 path=operands[0],
             )
         raise StorageRefusal(

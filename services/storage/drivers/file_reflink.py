@@ -17,10 +17,14 @@ from bulkhead import failpoints
 from bulkhead.durable import fsync_directory
 from bulkhead.model.records import Pool, Volume
 from services.storage.core.names import Role
+from services.storage.core.present import Present
 from services.storage.core.reasons import StorageRefusal
 from services.storage.core.volumes import PREFIXES, Kind, kind_of, parse_bool
 from services.storage.drivers import files
-from services.storage.drivers.directory import DirectoryDriver, Present
+from services.storage.drivers.directory.commits import Commits, drop_ready_copy
+from services.storage.drivers.directory.driver import DirectoryDriver
+from services.storage.drivers.directory.running_data import NextStart, RunningData, mark_running
+from services.storage.drivers.directory.tree import PROBE
 from services.storage.drivers.files import fresh, get_tag, opened, set_tags
 from services.storage.drivers.interface import Cancel, DriverInfo
 
@@ -34,7 +38,8 @@ class FileReflinkDriver(DirectoryDriver):
     parameters = ("revisions_to_keep", "dir_path", "ephemeral_volatile", "setup_check")
 
     def __init__(self, pool: Pool) -> None:
-        super().__init__(pool)
+        ready = ReadyCopies()
+        super().__init__(pool, ready, lambda commits: Clones(commits, ready))
         self.setup_check = parse_bool(pool, "setup_check", True)
 
     @classmethod
@@ -51,7 +56,7 @@ class FileReflinkDriver(DirectoryDriver):
         if not self.setup_check:
             return
         place = self.root / PREFIXES[0]
-        with fresh(place / ".bulkhead-probe") as one, fresh(place / ".bulkhead-probe") as two:
+        with fresh(place / PROBE) as one, fresh(place / PROBE) as two:
             os.write(one.fd, b"abc")
             os.fsync(one.fd)
             if not files.ficlone(one.fd, two.fd):
@@ -63,66 +68,17 @@ class FileReflinkDriver(DirectoryDriver):
                     path=str(self.root),
                 )
 
-    def _start_copy(
-        self, owner: str, boot_id: str, present: Present, source: Path, cancel: Cancel
-    ) -> Path:
-        dirty = present.path(Role.DIRTY)
-        precache = present.roles.get(Role.PRECACHE)
-        if precache is not None:
-            if self._is_fresh(precache, source):
-                with opened(precache, os.O_RDWR) as fd:
-                    base = get_tag(fd, "base")
-                    self._finish_running(fd, owner, boot_id, base)
-                    os.fsync(fd)
-                failpoints.hit("storage.start.before_rename")
-                precache.rename(dirty)
-                fsync_directory(present.directory)
-                failpoints.hit("storage.start.after_rename")
-                return dirty
-            self._drop_precache(present)
-        with opened(source) as fd, fresh(dirty) as file:
-            files.copy(fd, file.fd, os.fstat(fd).st_size, cancel)
-            self._finish_running(file.fd, owner, boot_id, files.identity(fd))
-            file.publish("storage.start")
-        return dirty
 
-    def _is_fresh(self, precache: Path, clean: Path) -> bool:
-        """Same size and time of change as the commit, and, where it says so, made from it."""
-        with opened(clean) as fd:
-            current, commit = os.fstat(fd), files.identity(fd)
-        ready = precache.lstat()
-        base = get_tag(precache, "base")
-        return (
-            ready.st_size == current.st_size
-            and ready.st_mtime_ns == current.st_mtime_ns
-            and base in ("", commit)
-        )
+class ReadyCopies(NextStart):
+    """A clone of the current state beside it, so that a start is a rename."""
 
-    def _commit_running(
-        self, owner: str, present: Present, volume: Volume, running: Path, cancel: Cancel
-    ) -> None:
-        clean = present.path(Role.CLEAN)
-        self._tag_for_commit("storage.stop", running, owner, "")
-        self._commit("storage.stop", owner, present, volume, lambda: self._take(running, clean))
-
-    def _resize_running(self, running: Path, size: int) -> None:
-        with opened(running, os.O_RDWR) as fd:
-            os.ftruncate(fd, size)
-            os.fsync(fd)
-        files.resize_loops(running)
-
-    def _drop_stale(self, present: Present) -> None:
-        precache = present.roles.get(Role.PRECACHE)
-        if precache is not None and not self._is_fresh(precache, present.path(Role.CLEAN)):
-            self._drop_precache(present)
-
-    def _prepare_next_start(self, owner: str, present: Present, volume: Volume) -> None:
+    def prepare(self, owner: str, present: Present, volume: Volume) -> None:
         """Make the ready copy; only a wish, so trouble is logged and no more."""
         clean = present.roles.get(Role.CLEAN)
         if clean is None or volume.snapshots_disabled or kind_of(volume) is not Kind.ORIGIN:
             return
         old = present.roles.get(Role.PRECACHE)
-        if old is not None and self._is_fresh(old, clean):
+        if old is not None and self.is_fresh(old, clean):
             return
         try:
             with opened(clean) as source, fresh(present.path(Role.PRECACHE)) as file:
@@ -134,3 +90,60 @@ class FileReflinkDriver(DirectoryDriver):
                 file.publish("storage.precache")
         except OSError as error:
             _LOG.warning("no ready copy of %s: %s", present.vid, error)
+
+    def drop_stale(self, present: Present) -> None:
+        precache = present.roles.get(Role.PRECACHE)
+        if precache is not None and not self.is_fresh(precache, present.path(Role.CLEAN)):
+            drop_ready_copy(present)
+
+    def is_fresh(self, precache: Path, clean: Path) -> bool:
+        """Same size and time of change as the commit, and, where it says so, made from it."""
+        with opened(clean) as fd:
+            current, commit = os.fstat(fd), files.identity(fd)
+        ready = precache.lstat()
+        base = get_tag(precache, "base")
+        return (
+            ready.st_size == current.st_size
+            and ready.st_mtime_ns == current.st_mtime_ns
+            and base in ("", commit)
+        )
+
+
+class Clones(RunningData):
+    """Running data is a clone of the commit, and becomes the next one as it is."""
+
+    def __init__(self, commits: Commits, ready: ReadyCopies) -> None:
+        self._commits = commits
+        self._ready = ready
+
+    def start(
+        self, owner: str, boot_id: str, present: Present, source: Path, cancel: Cancel
+    ) -> Path:
+        dirty = present.path(Role.DIRTY)
+        precache = present.roles.get(Role.PRECACHE)
+        if precache is not None:
+            if self._ready.is_fresh(precache, source):
+                with opened(precache, os.O_RDWR) as fd:
+                    base = get_tag(fd, "base")
+                    mark_running(fd, owner, boot_id, base)
+                    os.fsync(fd)
+                failpoints.hit("storage.start.before_rename")
+                precache.rename(dirty)
+                fsync_directory(present.directory)
+                failpoints.hit("storage.start.after_rename")
+                return dirty
+            drop_ready_copy(present)
+        with opened(source) as fd, fresh(dirty) as file:
+            files.copy(fd, file.fd, os.fstat(fd).st_size, cancel)
+            mark_running(file.fd, owner, boot_id, files.identity(fd))
+            file.publish("storage.start")
+        return dirty
+
+    def commit(
+        self, owner: str, present: Present, volume: Volume, running: Path, cancel: Cancel
+    ) -> None:
+        self._commits.mark("storage.stop", running, owner, "")
+        self._commits.commit_file("storage.stop", owner, present, volume, running)
+
+    def resize(self, running: Path, size: int) -> None:
+        files.resize_raw(running, size)

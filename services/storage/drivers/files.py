@@ -152,12 +152,16 @@ class Fresh:
         )
         self.published = False
 
+    def rename(self) -> None:
+        """Give the file its final name; the caller made it durable and does so with the name."""
+        self.path.rename(self.final)
+        self.published = True
+
     def publish(self, step: str) -> None:
         """Give the file its final name, durably. Failpoints step.before_rename, .after_rename."""
         os.fsync(self.fd)
         failpoints.hit(f"{step}.before_rename")
-        self.path.rename(self.final)
-        self.published = True
+        self.rename()
         fsync_directory(self.final.parent)
         failpoints.hit(f"{step}.after_rename")
 
@@ -281,7 +285,7 @@ def copy(source: int, target: int, size: int, cancel: Checked) -> bool:
     return False
 
 
-# ---- loop devices
+# ---- images and loop devices
 
 
 def resize_loops(path: Path) -> None:
@@ -299,6 +303,22 @@ def resize_loops(path: Path) -> None:
             fcntl.ioctl(fd, _LOOP_SET_CAPACITY)
         finally:
             os.close(fd)
+
+
+def resize_raw(path: Path, size: int) -> None:
+    """Give an image that a guest may work on another size, durably."""
+    with opened(path, os.O_RDWR) as fd:
+        os.ftruncate(fd, size)
+        os.fsync(fd)
+    resize_loops(path)
+
+
+def image_size(path: Path) -> int:
+    """Bytes that a guest sees of an image, by its ending qcow2 or raw."""
+    if path.suffix == ".qcow2":
+        with opened(path) as fd:
+            return qcow2_size(fd)
+    return path.lstat().st_size
 
 
 def qcow2_size(fd: int) -> int:
