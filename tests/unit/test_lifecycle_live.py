@@ -131,6 +131,11 @@ def test_a_netvm_that_nobody_waits_for_refuses_no_change_of_a_client(w: World) -
     for number in range(8):
         waits = replace(begun, id=f"w{number}", kind="RESIZE", state=OperationState.QUEUED)
         w.view.apply(OperationPut(waits))
+    # It is owed that: the next one, whatever it is about, will bring all.
+    assert gone() == [f"{record.uuid} failed"]
+    assert moved() == ([f"{record.uuid} failed"], 0)
+    failed = replace(begun, id="failed", state=OperationState.FAILED)
+    w.view.apply(OperationPut(failed))
     assert gone() == []
     assert moved() == ([], 0)
     # What its caller waits for is refused as before.
@@ -142,12 +147,13 @@ def test_a_netvm_that_nobody_waits_for_refuses_no_change_of_a_client(w: World) -
 
 
 def _applied(changes: tuple[Change, ...]) -> list[str]:
-    """Whom the changes begin an APPLY of."""
-    return [
-        change.operation.subjects[0]
+    """Whom the changes begin an APPLY of, or say that none could be begun."""
+    applies = [
+        change.operation
         for change in changes
         if isinstance(change, OperationPut) and change.operation.kind == "APPLY"
     ]
+    return [f"{o.subjects[0]}{' failed' * o.state.terminal}" for o in applies]
 
 
 # ---- the step

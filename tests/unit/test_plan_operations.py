@@ -1436,3 +1436,29 @@ def test_a_netvm_starts_for_its_client_past_what_waits_for_that_client(w: World)
     w.end(client)
     # Its turn has come; a volume of a qube that runs is refused then.
     assert w.view.operations[copy.id].state is FAILED
+
+
+def _queue_is_full(w: World) -> list[Operation]:
+    """As many operations as may hold "work" and wait for it, in their order."""
+    holder = w.begin(ResizeSpec("work", "private", 2**32)).operation
+    return [holder, *(w.begin(RevertSpec("work", "private")).operation for _ in range(QUEUE_LIMIT))]
+
+
+def test_an_apply_that_finds_no_place_is_owed(w: World) -> None:
+    """The next one brings all, whatever it is about: lifecycle looks for one that failed."""
+    boot = w.start("work")
+    uuid = w.qube("work").uuid
+    waiting = _queue_is_full(w)
+    for _ in range(2):  # one is enough
+        netvm = w.start("sys-net")
+        owed = [
+            o for o in w.view.operations.values() if o.kind == "APPLY" and o.subjects == (uuid,)
+        ]
+        assert [(o.state, o.spec) for o in owed] == [(FAILED, ApplySpec(uuid, boot))]
+        assert owed[0].error is not None and owed[0].error.reason == "QUBE_BUSY"
+        assert owed[0].finished
+        w.begin(StoppedSpec(w.qube("sys-net").uuid, netvm))
+        w.patch("sys-net", run=HALTED)
+    for operation in waiting:
+        w.end(w.view.operations[operation.id])
+    assert w.begin(ApplySpec(uuid, boot, parts=("keys",))).operation.state is OperationState.RUNNING

@@ -39,6 +39,7 @@ from bulkhead.model.records import (
 )
 from bulkhead.model.refusal import REASONS as MODEL_REASONS
 from bulkhead.model.refusal import Refusal
+from bulkhead.model.specs import ApplySpec
 from bulkhead.model.view import View
 from services.registry.core import announce, audit, canonical, facts, foreign, operations
 from services.registry.core.foreign import CheckpointRow, Found, Start, decide
@@ -541,6 +542,30 @@ class TestOperations:
         assert sorted(gone, key=int) == [str(n) for n in range(100)]
         few = view_of(OperationPut(done[0]), OperationPut(done[-1]))
         assert operations.expired(few, now=7 * 24 * 3600.0 + 500) == ["0"]
+
+    @pytest.mark.parametrize("many", [False, True])
+    def test_what_a_running_qube_is_owed_is_known_as_long_as_it_runs(self, many: bool) -> None:
+        def failed(name: str, boot_id: str, finished: float) -> OperationPut:
+            spec = ApplySpec(U1, boot_id, parts=("keys",))
+            state = OperationState.FAILED
+            return OperationPut(Operation(name, "APPLY", spec, (U1,), state, finished=finished))
+
+        old = [failed("a", "now", 1), failed("b", "now", 2), failed("c", "before", 3)]
+        week = 7 * 24 * 3600.0
+        more = [
+            OperationPut(
+                Operation(str(n), "START", None, state=OperationState.SUCCEEDED, finished=week)
+            )
+            for n in range(operations.KEEP_FINISHED + 100 if many else 1)
+        ]
+        up = qube(run=Run(Phase.UP, "now"))
+        view = view_of(QubePut(up), *old, *more)
+        assert {"a", "b", "c"} - set(operations.expired(view, week + 10)) == {"b"}
+        view.apply(QubePut(replace(up, run=Run())))
+        assert {"a", "b", "c"} <= set(operations.expired(view, week + 10))
+        # A newer one does as well.
+        view.apply_all([QubePut(up), failed("d", "now", week)])
+        assert {"a", "b", "c"} <= set(operations.expired(view, week + 10))
 
 
 def test_reasons_do_not_shadow_the_models() -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from bulkhead.model.plan import creation, running, storage
+from bulkhead.model.plan.applies import left_undone, not_begun
 from bulkhead.model.plan.base import (
     BeginPlan,
     Draft,
@@ -462,11 +463,21 @@ def _begin_applies(draft: Draft, ended: Operation) -> None:
         if qube is not None and qube.run.phase is not Phase.HALTED:
             name = f"bulkhead/apply/{ended.id}/{subject}"
             fresh = Fresh(str(uuid.uuid5(uuid.NAMESPACE_OID, name)))
+            spec = ApplySpec(subject, qube.run.boot_id, parts=plan.parts.get(subject, ()))
             try:
-                parts = plan.parts.get(subject, ())
-                _begin(draft, ApplySpec(subject, qube.run.boot_id, parts=parts), fresh)
-            except Refusal:
-                continue  # so many operations wait for it that its next one will do
+                _begin(draft, spec, fresh)
+            except Refusal as refusal:
+                # So many operations wait for it that its next one will do, which brings all.
+                if not left_undone(draft.view.operations.values(), spec.boot_id):
+                    draft.put_operation(
+                        not_begun(
+                            spec,
+                            refusal,
+                            operation_id=fresh.operation_id,
+                            source=draft.source,
+                            now=draft.now,
+                        )
+                    )
 
 
 def _promote(

@@ -15,9 +15,10 @@ from typing import Any
 from bulkhead.api import domains_pb2, hostd_pb2
 from bulkhead.bus.errors import BusError
 from bulkhead.model.evaluate import evaluate, is_running, provides_network
+from bulkhead.model.plan.applies import left_undone
 from bulkhead.model.plan.storage import attached_device
 from bulkhead.model.power import current_power
-from bulkhead.model.records import Assignment, OperationState, Phase, Problem, Qube
+from bulkhead.model.records import Assignment, Phase, Problem, Qube
 from bulkhead.model.specs import (
     APPLY_CLIENTS,
     APPLY_KEYS,
@@ -78,14 +79,8 @@ class Apply:
 def _parts(context: StepContext, spec: ApplySpec) -> tuple[Part, ...]:
     """What is to be done. All of it where an earlier APPLY of the boot did not succeed: what
     that one left undone nobody else would mend."""
-    failed = any(
-        other.kind == "APPLY"
-        and other.state in (OperationState.FAILED, OperationState.CANCELLED)
-        and isinstance(other.spec, ApplySpec)
-        and other.spec.boot_id == spec.boot_id
-        for other in context.view.operations.values()
-    )
-    if failed or not spec.parts or not PARTS.keys() >= set(spec.parts):
+    undone = left_undone(context.view.operations.values(), spec.boot_id)
+    if undone or not spec.parts or not PARTS.keys() >= set(spec.parts):
         return _network, _memory
     return tuple(PARTS[part] for part in spec.parts)
 

@@ -7,9 +7,10 @@ the holder of the newest epoch moves an operation, and a finished one never move
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from bulkhead.model.plan.applies import boot_left_undone
 from bulkhead.model.records import Operation, OperationState, Problem
 from bulkhead.model.refusal import Refusal
 from bulkhead.model.view import View
@@ -101,25 +102,46 @@ def advanced(
 
 def expired(view: View, now: float) -> list[str]:
     """Ids of finished operations that need not be kept: all but the newest 1,000, and
-    those older than 7 days. now: epoch seconds."""
+    those older than 7 days. now: epoch seconds.
+
+    Of each boot that lasts one that left something undone is kept longer.
+    """
     if len(view.operations) <= KEEP_FINISHED + _SLACK:
         oldest = next(iter(view.operations.values()), None)
         # In the order of their begin, after a start in that of their last change: none can
         # have ended before the first one was begun.
         if oldest is None or now - oldest.created <= KEEP_SECONDS:
             return []
-        return [
-            o.id
+        old = [
+            o
             for o in view.operations.values()
             if o.state.terminal and now - o.finished > KEEP_SECONDS
         ]
+        return _without_owed(view, old)
     finished = sorted(
         (o for o in view.operations.values() if o.state.terminal),
         key=lambda o: o.finished,
         reverse=True,
     )
-    return [
-        o.id
-        for at, o in enumerate(finished)
-        if at >= KEEP_FINISHED or now - o.finished > KEEP_SECONDS
+    old = [
+        o for at, o in enumerate(finished) if at >= KEEP_FINISHED or now - o.finished > KEEP_SECONDS
     ]
+    return _without_owed(view, old)
+
+
+def _without_owed(view: View, old: Sequence[Operation]) -> list[str]:
+    """Ids of those that nothing depends on: of each boot that lasts one is left of those
+    that left something undone."""
+    if not any(map(boot_left_undone, old)):
+        return [o.id for o in old]
+    dropped = {o.id for o in old}
+    told = {boot_left_undone(o) for o in view.operations.values() if o.id not in dropped}
+    gone = []
+    for operation in sorted(old, key=lambda o: o.finished, reverse=True):
+        boot_id = boot_left_undone(operation)
+        qube = view.by_uuid_any(operation.subjects[0]) if boot_id else None
+        if qube is not None and qube.run.boot_id == boot_id and boot_id not in told:
+            told.add(boot_id)
+        else:
+            gone.append(operation.id)
+    return gone

@@ -12,6 +12,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bulkhead.model.evaluate import guest_reads_rules
+from bulkhead.model.plan.applies import left_undone, not_begun
 from bulkhead.model.plan.base import Plan, PlanRefused
 from bulkhead.model.plan.mutation import plan_mutation, plan_preload
 from bulkhead.model.plan.operation_table import unreported
@@ -27,6 +28,7 @@ from bulkhead.model.records import (
     Change,
     Fact,
     Operation,
+    OperationPut,
     OperationRemoved,
     OperationState,
     Problem,
@@ -94,18 +96,17 @@ def with_applies(
             qube = view.by_uuid_any(uuid)
             if qube is None:
                 continue
+            spec = ApplySpec(uuid, qube.run.boot_id, revision, plan.parts.get(uuid, ()))
+            new_id = outside.new_id()
             try:
-                begun = plan_begin(
-                    view,
-                    ApplySpec(uuid, qube.run.boot_id, revision, plan.parts.get(uuid, ())),
-                    operation_id=outside.new_id(),
-                    source=source,
-                    now=now,
-                )
-            except Refusal:
-                if uuid in plan.beside:
-                    continue
-                raise
+                begun = plan_begin(view, spec, operation_id=new_id, source=source, now=now)
+            except Refusal as refusal:
+                if uuid not in plan.beside:
+                    raise
+                if not left_undone(view.operations.values(), spec.boot_id):
+                    owed = not_begun(spec, refusal, operation_id=new_id, source=source, now=now)
+                    changes.append(OperationPut(owed))
+                continue
             changes.extend(begun.changes)
             undo = [*view.apply_all(begun.changes), *undo]
             applies.append(begun.joined or begun.operation)
