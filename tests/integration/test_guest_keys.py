@@ -13,7 +13,8 @@ import pytest
 
 from services.domains.simhv.client import SimControl
 from services.firewall.core.iptables import header
-from services.lifecycle.steps.start import CALL_TIMEOUT_S, host_timezone
+from services.lifecycle.steps.start import host_timezone
+from services.lifecycle.steps.subject import CALL_TIMEOUT_S
 from tests.instance import Instance, running
 from tests.integration.adminapi_world import KERNEL, add_kernel
 

@@ -17,7 +17,7 @@ from bulkhead.model.specs import CloneSpec, CreateSpec
 from services.lifecycle.core import boot
 from services.lifecycle.executor import Outcome, StepContext
 from services.lifecycle.participants import volume_message, volume_messages
-from services.lifecycle.steps.start import CALL_TIMEOUT_S, STORAGE_TIMEOUT_S, subject
+from services.lifecycle.steps.subject import CALL_TIMEOUT_S, STORAGE_TIMEOUT_S, subject
 
 CLONE_TIMEOUT_S = 3600.0
 # Refusals of a pool that could not be used when the volumes were to be made, either.

@@ -30,20 +30,17 @@ from bulkhead.model.specs import (
 from services.lifecycle.core import boot, guest_keys
 from services.lifecycle.executor import Outcome, StepContext, StepFailed
 from services.lifecycle.participants import fill
-from services.lifecycle.steps.start import (
-    CALL_TIMEOUT_S,
+from services.lifecycle.steps.network import (
     apply_rules,
     close,
     forget_texts,
     guest_netvms,
-    host_timezone,
     plug,
-    running_boot,
-    subject,
-    tell_refused,
     texts_of,
     withdraw,
 )
+from services.lifecycle.steps.start import host_timezone, tell_refused
+from services.lifecycle.steps.subject import CALL_TIMEOUT_S, running_boot, subject
 
 log = logging.getLogger("bulkhead.lifecycle")
 

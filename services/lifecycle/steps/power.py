@@ -19,19 +19,15 @@ from bulkhead.model.records import OperationState, Phase, Problem, Qube
 from bulkhead.model.specs import ShutdownSpec
 from services.lifecycle.core import boot, guest_keys
 from services.lifecycle.executor import Outcome, StepContext, StepFailed
-from services.lifecycle.steps.start import (
+from services.lifecycle.steps.network import end_namespace, forget_texts, texts_of, unplug, withdraw
+from services.lifecycle.steps.start import stop_volumes
+from services.lifecycle.steps.subject import (
     CALL_TIMEOUT_S,
     boot_id,
     boot_ref,
     cancel_asked,
-    end_namespace,
-    forget_texts,
     running_boot,
-    stop_volumes,
     subject,
-    texts_of,
-    unplug,
-    withdraw,
 )
 
 log = logging.getLogger("bulkhead.lifecycle")

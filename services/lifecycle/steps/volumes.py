@@ -29,7 +29,7 @@ from bulkhead.model.specs import (
 from services.lifecycle.core import boot
 from services.lifecycle.executor import Outcome, StepContext, StepFailed
 from services.lifecycle.participants import volume_message
-from services.lifecycle.steps.start import CALL_TIMEOUT_S, STORAGE_TIMEOUT_S
+from services.lifecycle.steps.subject import CALL_TIMEOUT_S, STORAGE_TIMEOUT_S
 
 CLONE_TIMEOUT_S = 3600.0
 RESIZE_SERVICE_TIMEOUT_S = 60
