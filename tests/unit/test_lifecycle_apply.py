@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from bulkhead.bus.errors import BusError
-from bulkhead.model.records import FactPut, Operation, OperationPut, OperationState
+from bulkhead.model.records import FactPut, Operation, OperationPut, OperationState, Phase, Run
 from bulkhead.model.specs import ApplySpec, StoppedSpec
 from services.lifecycle.executor import StepContext
 from services.lifecycle.steps.live import Apply
@@ -24,12 +25,19 @@ class Domains:
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any]] = []
         self.refuses: dict[str, BusError] = {}
+        # What happens at the first call, after which nothing is refused any more.
+        self.stops: Callable[[], object] | None = None
 
     def __getattr__(self, name: str) -> Any:
         async def call(request: Any, **_: object) -> Any:
             self.calls.append((name, request))
-            if name in self.refuses:
-                raise self.refuses[name]
+            refusal = self.refuses.get(name)
+            if self.stops is not None:
+                self.stops()
+                self.stops = None
+                self.refuses.clear()
+            if refusal is not None:
+                raise refusal
             return SimpleNamespace(untrusted_keys=[])
 
         return call
@@ -249,3 +257,27 @@ def test_a_tap_moves_once_the_rules_are_in_the_other_namespace(w: World) -> None
     moves = [name for name, _ in order.calls if name in ("apply", "unplug", "plug")]
     assert moves == ["apply", "unplug", "plug"]
     assert [r.boot.uuid for r in order.of("write_guest_keys")] == [record.uuid]
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_netvm_that_was_left_is_told_although_the_qube_stops(w: World, when: str) -> None:
+    w.create("other-net")
+    w.set("other-net", "provides_network", "True")
+    w.start("other-net")
+    w.set("work", "netvm", "other-net")
+    domains = Domains()
+    boot_id = w.qube("work").run.boot_id
+    stopping = Run(Phase.STOPPING, boot_id)
+    if when == "before":
+        w.patch("work", run=stopping)
+    else:
+        domains.stops = lambda: w.patch("work", run=stopping)
+        domains.refuses["write_guest_keys"] = BusError("NOT_FOUND", "DOMAIN_NOT_FOUND", "gone")
+    applied(w, domains)
+    left = [r for r in domains.of("write_guest_keys") if r.boot.uuid == w.qube("sys-net").uuid]
+    assert {"/connected-ips": ""}.items() <= {k.path: k.value for k in left[-1].keys}.items()
+    assert left[-1].HasField("removed_of")
+    # A part was about nothing of the kind.
+    domains = Domains()
+    applied(w, domains, "work", "keys")
+    assert domains.calls == []

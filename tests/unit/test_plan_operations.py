@@ -1462,3 +1462,23 @@ def test_an_apply_that_finds_no_place_is_owed(w: World) -> None:
     for operation in waiting:
         w.end(w.view.operations[operation.id])
     assert w.begin(ApplySpec(uuid, boot, parts=("keys",))).operation.state is OperationState.RUNNING
+
+
+def test_the_netvm_that_a_qube_left_as_it_stopped_is_told(w: World) -> None:
+    w.start("sys-net")
+    netvm = w.qube("sys-net")
+    boot = w.start("work")
+    uuid = w.qube("work").uuid
+    holder = w.begin(PauseSpec("work")).operation
+    w.set("work", "netvm", "")
+    w.begin(ApplySpec(uuid, boot))
+    w.begin(ApplySpec(uuid, boot, parts=("keys",)))
+    stopped = w.begin(StoppedSpec(uuid, boot)).operation
+    w.end(holder)
+    # While it stops nothing of its own is brought any more.
+    plan = w.set("work", "netvm", "sys-net")
+    assert plan.parts == {netvm.uuid: ("clients",)} and plan.beside == {netvm.uuid}
+    w.set("work", "netvm", "")
+    w.end(stopped)
+    told = [o.spec for o in w.view.operations_on(netvm.uuid)]
+    assert told == [ApplySpec(netvm.uuid, netvm.run.boot_id, parts=("clients",))]

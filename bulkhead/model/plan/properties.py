@@ -163,7 +163,8 @@ def _consequences(draft: Draft, qube: Qube, row: PropertyRow, new: Value, old: O
             _relays_changed(draft, qube.properties.get("relayvm", ""))
         case "netvm":
             _connected(draft, qube, new)
-            if new != old and (qube.run.phase is Phase.HALTED or _paused(view, qube)):
+            # Its own APPLY tells them where it runs; one of a boot that ends does nothing.
+            if new != old and (qube.run.phase is not Phase.UP or _paused(view, qube)):
                 _clients_changed(draft, new, old)
         case "ip" | "ip6":
             _address_changed(draft, qube, name)

@@ -34,6 +34,7 @@ from bulkhead.model.properties import DISP, QUBES_VM, has_property
 from bulkhead.model.records import HALTED, Operation, OperationState, Phase, Qube, Run
 from bulkhead.model.refusal import Refusal
 from bulkhead.model.specs import (
+    APPLY_CLIENTS,
     ApplySpec,
     KillSpec,
     PauseSpec,
@@ -494,9 +495,13 @@ def end_resume(draft: Draft, operation: Operation, outcome: OperationState) -> N
 
 
 def begin_apply(draft: Draft, operation: Operation, spec: ApplySpec, fresh: Fresh) -> Operation:
-    """Nothing to do for a qube that is not in that boot any more."""
+    """Nothing to do for a qube that is not in that boot any more. Where it was about its
+    network, the netvm that the qube has left may still count it among its clients."""
     del fresh
     qube = draft.find(spec.uuid)
     if qube is None or not booted(qube, spec.boot_id):
+        for netvm in () if spec.parts else by_name(draft.view.qubes()):
+            if provides_network(netvm) and netvm.run.phase is Phase.UP:
+                draft.live(netvm, APPLY_CLIENTS, awaited=False)
         return done(operation)
     return _with_boot(operation, qube)

@@ -56,6 +56,7 @@ class Apply:
         assert isinstance(spec, ApplySpec)
         qube = subject(context)
         if _ended(context, spec):
+            await _overtaken(context, spec, qube)
             return Outcome()
         try:
             for part in _parts(context, spec):
@@ -67,6 +68,7 @@ class Apply:
             # A stop waits for nobody: it may have withdrawn the rules before they came.
             await withdraw(context, qube)
             await forget_texts(context, qube)
+            await _overtaken(context, spec, qube)
         return Outcome()
 
     async def undo(self, context: StepContext) -> None:
@@ -86,6 +88,15 @@ def _ended(context: StepContext, spec: ApplySpec) -> bool:
     """The boot that the change was for is over, or about to be."""
     qube = context.view.by_uuid_any(spec.uuid)
     return qube is None or qube.run.boot_id != spec.boot_id or qube.run.phase is not Phase.UP
+
+
+async def _overtaken(context: StepContext, spec: ApplySpec, qube: Qube) -> None:
+    """The boot ended first. The netvm that its qube was to leave knew of it all the same, and
+    neither that end nor the next start look at more netvms than the record's."""
+    if spec.parts or boot.is_namespace_netvm(context.view, qube):
+        return
+    link = boot.link(context.view, qube)
+    await _forget(context, qube, link.netvm if link is not None else None)
 
 
 async def _network(context: StepContext, qube: Qube) -> None:
