@@ -70,7 +70,7 @@ class DomainsHandlers:
         self._flavour = flavour
         self._uri = uri
         self._network = network
-        log = log or logging.getLogger("domains")
+        self._log = log = log or logging.getLogger("domains")
         self._background = background = Background(log)
         self._queue = QubeQueue()
         self._domains = DomainWatch(hypervisor, reporter, background, log, base)
@@ -313,14 +313,18 @@ class DomainsHandlers:
         wanted = {specs.check_uuid(uuid) for uuid in request.uuids}
         reply = domains_pb2.StatsReply()
         if not wanted or ADMINVM_UUID in wanted:
-            usage = await self._hypervisor.admin_usage(self._calls.left(call))
-            reply.domains.add(
-                uuid=ADMINVM_UUID,
-                memory_kib=usage.memory_kib,
-                memory_assigned_kib=usage.memory_max_kib,
-                cpu_time_ns=usage.cpu_time_ns,
-                online_vcpus=usage.vcpus,
-            )
+            try:
+                usage = await self._hypervisor.admin_usage(self._calls.left(call))
+            except HypervisorError as error:
+                self._log.warning("dom0 cannot be measured: %s", error)
+            else:
+                reply.domains.add(
+                    uuid=ADMINVM_UUID,
+                    memory_kib=usage.memory_kib,
+                    memory_assigned_kib=usage.memory_max_kib,
+                    cpu_time_ns=usage.cpu_time_ns,
+                    online_vcpus=usage.vcpus,
+                )
         guests = wanted != {ADMINVM_UUID}
         for domain in await self._hypervisor.inventory(self._calls.left(call)) if guests else ():
             if not domain.boot_id or (wanted and domain.uuid not in wanted):

@@ -824,6 +824,9 @@ def test_stats_inventory_and_sweep(sim: SimBench, tmp_path: Path) -> None:
         assert {row.uuid for row in everything.domains} == {ADMINVM_UUID, one.uuid, two.uuid}
         (admin,) = (await handlers.stats(pb.StatsRequest(uuids=[ADMINVM_UUID]), call())).domains
         assert (admin.uuid, admin.memory_kib) == (ADMINVM_UUID, 4096 * 1024)
+        sim.control.fail("*", "admin_usage", times=1)
+        rest = await handlers.stats(pb.StatsRequest(), call())
+        assert {row.uuid for row in rest.domains} == {one.uuid, two.uuid}
         listed = await handlers.inventory(pb.InventoryDomainsRequest(), call())
         assert {(d.power.uuid, d.power.boot_id) for d in listed.domains} == {
             (one.uuid, "b1"),

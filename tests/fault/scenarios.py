@@ -7,6 +7,7 @@ whatever was done of it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import time
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from bulkhead.model.records import OperationState
 from clients.admin import exceptions
 from clients.cli.instance import kernels
 from services.domains.simhv.client import SimControl
@@ -86,6 +88,17 @@ def _networked(instance: Instance, qube: str) -> None:
     instance.ok("admin.vm.property.Set", qube, "netvm", NETVM.encode())
 
 
+_ADDRESSES = itertools.count(1)
+
+
+def _at_an_address_of_its_own(instance: Instance, qube: str) -> None:
+    """Networked, where no qube was before: keys that say the same as those that are there
+    are not written again."""
+    _networked(instance, qube)
+    high, low = divmod(next(_ADDRESSES), 250)
+    instance.ok("admin.vm.property.Set", qube, "ip", f"10.200.{high}.{low + 1}".encode())
+
+
 def _started(instance: Instance, qube: str) -> None:
     _networked(instance, qube)
     reply = instance.call("admin.vm.Start", qube)
@@ -134,10 +147,29 @@ def _start_in_vain(instance: Instance) -> Reply:
     with SimControl.of(instance.root) as control:
         fault = control.fail(_uuid(instance, "worker"), "create_paused")
         try:
-            reply = instance.call("admin.vm.Start", "worker")
+            try:
+                reply = instance.call("admin.vm.Start", "worker")
+            except OSError as error:
+                reply = Reply("none", message=str(error))
+            if reply.kind == "none":
+                # The start goes on without a caller, and is to fail all the same.
+                instance.until(lambda: _ended(instance, "START"), 60.0, "the start has ended")
+                return reply
         finally:
             control.clear(fault)
     return Reply("ok") if reply.kind == "exc" else Reply("exc", message=f"told {reply.kind}")
+
+
+def _ended(instance: Instance, kind: str) -> bool:
+    """No operation of the kind is under way; False while nobody can be asked."""
+    try:
+        listed = instance.call("bulkhead.op.List")
+    except OSError:
+        return False
+    rows = [json.loads(line) for line in listed.body.splitlines()] if listed.kind == "ok" else None
+    return rows is not None and all(
+        OperationState(row["state"]).terminal for row in rows if row["kind"] == kind
+    )
 
 
 def _with_agent(instance: Instance) -> None:
@@ -500,7 +532,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     ),
     _brief(
         "failed-start",
-        prepare=lambda i: _networked(i, "worker"),
+        prepare=lambda i: _at_an_address_of_its_own(i, "worker"),
         act=_start_in_vain,
         done=lambda i: not running(i, "worker"),
     ),
