@@ -55,6 +55,7 @@ class Installation:
         self._qrexec()
         self._text("usr/lib/sysusers.d/bulkhead.conf", sysusers())
         self._text("usr/lib/tmpfiles.d/bulkhead.conf", TMPFILES)
+        self._text("usr/share/polkit-1/rules.d/50-bulkhead.rules", POLKIT)
         for name, entry in scripts().items():
             text = completion.script(name, completion.parser_of(entry))
             self._text(f"usr/share/bash-completion/completions/{name}", text)
@@ -186,6 +187,15 @@ TMPFILES = """\
 d /run/bulkhead 0755 root root -
 d /run/qubes 0755 root root -
 d /var/log/qubes 0755 root root -
+"""
+
+# The machine's libvirtd, as Xen has one, asks polkit about every user but root.
+POLKIT = f"""\
+polkit.addRule(function (action, subject) {{
+  if (action.id == "org.libvirt.unix.manage" && subject.user == "{accounts.PREFIX}domains") {{
+    return polkit.Result.YES;
+  }}
+}});
 """
 
 

@@ -64,6 +64,8 @@ def test_commands_and_snippets(tree: Path) -> None:
     assert 'u bulkhead-storage - "' in users
     assert "u bulkhead-hostd" not in users  # it stays root
     assert "d /run/bulkhead " in (tree / "usr/lib/tmpfiles.d/bulkhead.conf").read_text()
+    rule = (tree / "usr/share/polkit-1/rules.d/50-bulkhead.rules").read_text()
+    assert '"org.libvirt.unix.manage" && subject.user == "bulkhead-domains"' in rule
 
 
 def test_nothing_names_the_place_it_was_made_in(tree: Path) -> None:
