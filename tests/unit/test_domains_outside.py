@@ -215,6 +215,31 @@ def test_memory_nodes_are_written_whole_and_owned_by_the_guest(store: type[FakeS
     assert not any("/13/" in path for path in store.nodes)
 
 
+class RefusedError(RuntimeError):
+    """As xen.lowlevel.xs.Error, which is no OSError."""
+
+
+def test_a_xenstore_that_refuses_is_not_known_and_takes_nothing(store: type[FakeStore]) -> None:
+    def closed() -> FakeStore:
+        raise RefusedError(13, "Permission denied")
+
+    xenstore = Xenstore(closed)
+    assert xenstore.stubdom(3) == (-1, "")
+    assert xenstore.start_time("u") is None
+    with pytest.raises(OSError, match="Permission denied"):
+        xenstore.prepare_memory(3, 0)
+    with pytest.raises(OSError, match="Permission denied"):
+        xenstore.set_hotplug_max(3, 100)
+
+    class Gone(FakeStore):
+        def set_permissions(self, *_: object) -> None:
+            raise RefusedError(2, "No such file or directory")
+
+    with pytest.raises(OSError, match="No such file"):
+        Xenstore(Gone).prepare_memory(3, 0)
+    assert store.nodes == {}
+
+
 def test_stubdomain_and_start_time_are_read(store: type[FakeStore]) -> None:
     store.nodes.update(
         {

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import libvirt
 import pytest
 
 from services.domains.adapters.hypervisor import Failure, HypervisorError
 from services.domains.adapters.libvirt_adapter import LibvirtHypervisor
 from services.domains.core.plugging import Plugging
-from services.domains.core.spec import InterfaceSpec
+from services.domains.core.spec import DomainSpec, InterfaceSpec
+from services.domains.core.xml import Flavour
 
 NIC = InterfaceSpec(
     mac="00:16:3e:5e:6c:00", ip="10.137.0.5", ip6="fd09:24ef:4179::a89:5", backend="fw"
@@ -151,6 +153,10 @@ def test_a_new_maximum_reaches_the_balancer_and_takes_no_memory_away(
 ) -> None:
     store = Store()
     monkeypatch.setattr(hypervisor, "_xenstore", store)
+    with pytest.raises(HypervisorError) as refused:  # stock libvirt makes no domain that grows
+        asyncio.run(hypervisor.set_maxmem("u", 3000, 1.0))
+    assert refused.value.failure is Failure.UNSUPPORTED and store.limits == []
+    monkeypatch.setattr(hypervisor, "_flavour", Flavour("xen", qubes=True))
     asyncio.run(hypervisor.set_maxmem("u", 3000, 1.0))
     assert store.limits == [(12, 3000)]
     assert domain.asked == []
@@ -159,3 +165,46 @@ def test_a_new_maximum_reaches_the_balancer_and_takes_no_memory_away(
         with pytest.raises(HypervisorError) as refused:
             asyncio.run(hypervisor.set_maxmem("u", 1, 1.0))
         assert refused.value.failure is failure
+
+
+class Refusing:
+    """A libxl that tells no reason, and what Xen has free."""
+
+    def __init__(self, free_mib: int) -> None:
+        self._free = free_mib << 20
+
+    def createXML(self, _text: str, _flags: int) -> None:  # noqa: N802
+        error = libvirt.libvirtError("")
+        error.err = (libvirt.VIR_ERR_INTERNAL_ERROR, 0, "internal error: libxenlight failed to "
+                     "create new domain 'work'", 2, "", "", "", -1, -1)  # fmt: skip
+        raise error
+
+    def getFreeMemory(self) -> int:  # noqa: N802
+        return self._free
+
+
+@pytest.mark.parametrize(
+    ("free_mib", "failure", "says"),
+    [
+        (399, Failure.NO_MEMORY, "work asks for 400 MiB, 399 MiB are free in Xen"),
+        (400, Failure.FAILED, "libxl-driver.log says why"),
+    ],
+)
+def test_a_start_that_fails_says_what_is_known(
+    hypervisor: LibvirtHypervisor,
+    monkeypatch: pytest.MonkeyPatch,
+    free_mib: int,
+    failure: Failure,
+    says: str,
+) -> None:
+    async def call(_uuid: str, made: Callable[[Any], None], _timeout: float) -> None:
+        made(Refusing(free_mib))
+
+    monkeypatch.setattr(hypervisor, "_call", call)
+    spec = DomainSpec(
+        uuid="11111111-1111-4111-8111-111111111101", name="work", boot_id="b1", memory_mib=400
+    )
+    with pytest.raises(HypervisorError) as refused:
+        asyncio.run(hypervisor.create_paused(spec, 1.0))
+    assert refused.value.failure is failure
+    assert refused.value.message.endswith(says)

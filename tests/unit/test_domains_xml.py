@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,8 @@ CASES: dict[str, tuple[DomainSpec, Flavour]] = {
     "pv-own-kernel": (replace(BASE, virt_mode="pv", kernel="", initramfs="", cmdline=""), XEN),
     "pvh": (replace(BASE, virt_mode="pvh"), XEN),
     "pvh-qubes": (replace(BASE, disks=(ROOT, PRIVATE, FROM_USB)), QUBES),
-    "pvh-hotplug": (replace(BASE, hotplug=True, rdrand_disable=True), XEN),
+    "pvh-hotplug": (replace(BASE, hotplug=True, rdrand_disable=True), QUBES),
+    "pvh-no-hotplug": (replace(BASE, hotplug=True, rdrand_disable=True), XEN),
     "pvh-own-kernel": (replace(BASE, kernel="", initramfs="", cmdline="", interfaces=()), XEN),
     "hvm": (LOCAL_HVM, XEN),
     "hvm-kernel": (replace(LOCAL_HVM, kernel="/k/vmlinuz", initramfs="/k/initramfs",
@@ -200,9 +202,29 @@ def test_stock_xml_holds_no_extension() -> None:
         if flavour.qubes:
             continue
         text = render(spec, flavour)
-        for word in ("stubdom", 'type="qubes"', "qubes-block", "nostrictreset",
-                     "powerManagementFiltering"):  # fmt: skip
+        words = ["stubdom", 'type="qubes"', "qubes-block", "nostrictreset",
+                 "powerManagementFiltering"]  # fmt: skip
+        if flavour.hypervisor == "xen":
+            words.append("maxMemory")  # "not supported by this hypervisor driver"
+        for word in words:
             assert word not in text, (name, word)
+
+
+@pytest.mark.parametrize("mode", ["pv", "pvh"])
+def test_a_file_that_is_read_only_is_one_that_dom0s_device_model_opens(mode: str) -> None:
+    """It refuses others ("Block node is read-only"); the guest then starts without them."""
+
+    def kinds(flavour: Flavour, spec: DomainSpec) -> dict[str, str]:
+        root = ET.fromstring(render(spec, flavour))
+        return {
+            target.get("dev", ""): disk.get("device", "")
+            for disk in root.iterfind("devices/disk")
+            for target in disk.iterfind("target")
+        }
+
+    spec = replace(BASE, virt_mode=mode)
+    assert kinds(XEN, spec) == {"xvda": "disk", "xvdb": "disk", "xvdd": "cdrom"}
+    assert set(kinds(QUBES, spec).values()) == {"disk"}
 
 
 def _changes() -> list[tuple[str, object]]:

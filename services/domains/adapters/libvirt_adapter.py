@@ -28,6 +28,7 @@ from services.domains.core.xml import (
     METADATA_NS,
     Flavour,
     disk_fragment,
+    grows,
     interface_fragment,
     read_metadata,
     render,
@@ -53,6 +54,7 @@ READERS = 16
 LOOK_S = 3.0
 RECONNECT_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 OPEN_S = 30.0
+LIBXL_LOG = "/var/log/libvirt/libxl/libxl-driver.log"
 QUBES_MARK = Path("/etc/qubes-release")
 
 
@@ -332,10 +334,15 @@ class LibvirtHypervisor:
                 handle = connection.createXML(text, 0)
                 handle.suspend()
             else:
-                handle = connection.createXML(text, libvirt.VIR_DOMAIN_START_PAUSED)
+                try:
+                    handle = connection.createXML(text, libvirt.VIR_DOMAIN_START_PAUSED)
+                except libvirt.libvirtError as error:
+                    if self._kind == "xen":
+                        _explain(connection, spec, error)
+                    raise
             try:
                 if self._xenstore is not None and spec.maxmem_mib:
-                    limit = spec.maxmem_mib if spec.hotplug else 0
+                    limit = spec.maxmem_mib if grows(spec, self._flavour) else 0
                     self._xenstore.prepare_memory(handle.ID(), limit)
                 domain = self._shown(handle)
             except OSError as error:
@@ -494,7 +501,7 @@ class LibvirtHypervisor:
         store = self._xenstore
 
         def call(domain: libvirt.virDomain) -> None:
-            if store is None or not store.present:
+            if store is None or not store.present or not self._flavour.qubes:
                 raise HypervisorError(
                     Failure.UNSUPPORTED, f"no memory can be added to {domain.name()} while it runs"
                 )
@@ -537,6 +544,20 @@ def _metadata(domain: libvirt.virDomain) -> tuple[str, int, float | None]:
             return "", 0, None
         raise
     return read_metadata(text)
+
+
+def _explain(connection: libvirt.virConnect, spec: DomainSpec, error: libvirt.libvirtError) -> None:
+    """libxl tells libvirt only that it failed: look for what is known to be behind it."""
+    if error.get_error_code() != libvirt.VIR_ERR_INTERNAL_ERROR:
+        return
+    free_mib = connection.getFreeMemory() >> 20
+    if free_mib < spec.memory_mib:
+        raise HypervisorError(
+            Failure.NO_MEMORY,
+            f"{spec.name} asks for {spec.memory_mib} MiB, {free_mib} MiB are free in Xen",
+        ) from error
+    message = (error.get_error_message() or str(error)).strip().rstrip(".")
+    raise HypervisorError(Failure.FAILED, f"{message}; {LIBXL_LOG} says why") from error
 
 
 def _power(domain: libvirt.virDomain) -> str:

@@ -19,6 +19,7 @@ __all__ = [
     "Flavour",
     "disk_fragment",
     "flavour_named",
+    "grows",
     "interface_fragment",
     "read_metadata",
     "render",
@@ -52,6 +53,11 @@ def render(spec: DomainSpec, flavour: Flavour, started: str = "") -> str:
     """The whole domain. started: epoch seconds as text for our metadata, "" = left out."""
     builder = xen if flavour.hypervisor == "xen" else qemu
     return _text(builder.domain(spec, flavour, started))
+
+
+def grows(spec: DomainSpec, flavour: Flavour) -> bool:
+    """The domain is made such that memory can be added to it."""
+    return flavour.hypervisor == "xen" and xen.grows(spec, flavour)
 
 
 def disk_fragment(disk: DiskSpec, flavour: Flavour) -> str:
