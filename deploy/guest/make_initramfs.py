@@ -1,8 +1,8 @@
-"""Makes the initramfs of a small guest: busybox, virtio modules, one init script.
+"""Makes the initramfs of a small guest: busybox, virtio or Xen modules, one init script.
 
 Run as: python3 make_initramfs.py KERNEL_DIRECTORY OUTPUT. KERNEL_DIRECTORY is what
 fetch-kernel.sh made. Needs busybox (static), no root. In the guest the init script loads
-the modules and mounts /dev/vda read-only, then hands over to its /sbin/init. Without a
+the modules and mounts the first disk read-only, then hands over to its /sbin/init. Without a
 first disk it stays itself, says on the console
 
     BULKHEAD initramfs
@@ -27,7 +27,7 @@ APPLETS = ("sh", "mount", "insmod", "switch_root", "sleep", "cat", "echo", "grep
 # Each after what it needs; one that the kernel has built in is not in the directory.
 MODULES = ("virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev",
            "virtio_pci", "virtio_blk", "failover", "net_failover", "virtio_net",
-           "virtio_balloon", "evdev", "button")  # fmt: skip
+           "virtio_balloon", "evdev", "button", "xen-blkfront", "xen-netfront")  # fmt: skip
 
 INIT = """#!/bin/sh
 mount -t proc proc /proc
@@ -44,28 +44,33 @@ for word in $(cat /proc/cmdline); do
 done
 # A disk may take a moment; a guest without one does not wait long.
 n=0
-while [ ! -b /dev/vda ] && [ "$n" -lt 20 ]; do
+while [ ! -b /dev/vda ] && [ ! -b /dev/xvda ] && [ "$n" -lt 20 ]; do
   usleep 50000
   n=$((n + 1))
 done
-if [ -b /dev/vda ] && mount -t ext4 -o ro /dev/vda /root 2>/dev/null; then
+first=/dev/vda
+[ -b /dev/xvda ] && first=/dev/xvda
+if [ -b "$first" ] && mount -t ext4 -o ro "$first" /root 2>/dev/null; then
   mount -o move /dev /root/dev
   exec switch_root /root /sbin/init
 fi
 echo "BULKHEAD initramfs"
 [ -n "$once" ] && echo "BULKHEAD ready" && poweroff -f
-acpid -f -d -c /etc/acpi >/dev/null 2>&1 &
-# A press of the power button before this moment would be lost.
-n=0
-until ls -l "/proc/$!/fd" 2>/dev/null | grep -q event || [ "$n" -gt 100 ]; do
-  usleep 20000
-  n=$((n + 1))
-done
+# Xen has no power button: its kernel runs /sbin/poweroff itself.
+if [ "$(cat /sys/hypervisor/type 2>/dev/null)" != xen ]; then
+  acpid -f -d -c /etc/acpi >/dev/null 2>&1 &
+  # A press of the power button before this moment would be lost.
+  n=0
+  until ls -l "/proc/$!/fd" 2>/dev/null | grep -q event || [ "$n" -gt 100 ]; do
+    usleep 20000
+    n=$((n + 1))
+  done
+fi
 echo "BULKHEAD ready"
 said=""
 while :; do
   now=""
-  for disk in /sys/block/vd*; do
+  for disk in /sys/block/vd* /sys/block/xvd*; do
     [ -e "$disk" ] && now="$now BULKHEAD disk ${disk##*/} $(cat "$disk/size");"
   done
   if [ "$now" != "$said" ]; then
@@ -76,8 +81,9 @@ while :; do
 done
 """
 
+# By its path: one of these is the first "poweroff" that a search finds.
 POWER = """#!/bin/sh
-poweroff -f
+exec /bin/poweroff -f
 """
 
 
@@ -123,7 +129,7 @@ def busybox() -> Path:
 def build(kernel: Path) -> bytes:
     """The compressed archive; the same input gives the same bytes."""
     present = [name for name in MODULES if (kernel / f"modules/{name}.ko").exists()]
-    if "virtio_blk" not in present:
+    if not {"virtio_blk", "xen-blkfront"} & set(present):
         raise SystemExit(f"{kernel}/modules holds no virtio_blk.ko: run fetch-kernel.sh {kernel}")
     archive = Archive()
     for name in (
@@ -135,6 +141,7 @@ def build(kernel: Path) -> bytes:
         "modules",
         "proc",
         "root",
+        "sbin",
         "sys",
     ):
         archive.add(name, stat.S_IFDIR | 0o755)
@@ -148,6 +155,7 @@ def build(kernel: Path) -> bytes:
         archive.add(f"modules/{name}.ko", stat.S_IFREG | 0o644, content)
     archive.add("modules/order", stat.S_IFREG | 0o644, ("\n".join(present) + "\n").encode())
     archive.add("etc/acpi/PWRF/00000080", stat.S_IFREG | 0o755, POWER.encode())
+    archive.add("sbin/poweroff", stat.S_IFREG | 0o755, POWER.encode())
     archive.add("init", stat.S_IFREG | 0o755, INIT.encode())
     return gzip.compress(archive.finish(), compresslevel=6, mtime=0)
 

@@ -1,4 +1,4 @@
-"""What the hypervisor contract runs on: the simulation, libvirt's test driver, QEMU.
+"""What the hypervisor contract runs on: the simulation, libvirt's test driver, QEMU, Xen.
 
 Owns starting and ending each, and what a test may do to a guest there. Must not hold
 any expectation: those are in the contract.
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -330,6 +331,99 @@ def qemu(session_uid: int = 0) -> Iterator[QemuBench]:
                 bench.daemon.wait(20)
 
 
+# ---- Xen, where this runs in its domain 0
+
+
+@dataclass
+class XenBench:
+    """Real guests of the Xen that this runs under; folder holds their kernel and initramfs."""
+
+    folder: Path
+    virt_mode: str = "pv"
+    disks: int = 0
+    names: dict[str, str] = field(default_factory=dict)
+    abilities: frozenset[str] = frozenset({"start_paused", "hotplug", "shutdown", "pm_suspend"})
+    patience: float = 60.0
+    uri: str = "xen:///system"
+
+    def connect(self) -> Hypervisor:
+        return LibvirtHypervisor(self.uri)
+
+    def spec(self, number: int, boot_id: str = "b1") -> DomainSpec:
+        uuid = UUID.format(number)
+        self.names[uuid] = f"qube-{number}"
+        return DomainSpec(
+            uuid=uuid,
+            name=f"qube-{number}",
+            boot_id=boot_id,
+            epoch=7,
+            virt_mode=self.virt_mode,
+            memory_mib=128,
+            vcpus=1,
+            kernel=str(self.folder / "vmlinux"),
+            initramfs=str(self.folder / "initramfs.gz"),
+            cmdline="console=hvc0 quiet panic=-1",
+        )
+
+    def disk(self) -> DiskSpec:
+        """A block device: libxl's backend for files is slow to come and go."""
+        self.disks += 1
+        path = self.folder / f"disk-{self.disks}.img"
+        with path.open("wb") as file:
+            file.truncate(8 << 20)
+        made = subprocess.run(
+            ["losetup", "--find", "--show", path], check=True, capture_output=True, text=True
+        )
+        return DiskSpec("xvdi", made.stdout.strip(), rw=True, block=True)
+
+    def crash(self, uuid: str) -> None:
+        subprocess.run(["xl", "destroy", self.names[uuid]], check=True, timeout=60)
+
+    def running(self, uuid: str) -> None:
+        """Its console is a terminal of this domain that keeps what nobody has read."""
+        import libvirt
+
+        connection = libvirt.open(self.uri)
+        try:
+            console = ET.fromstring(connection.lookupByUUIDString(uuid).XMLDesc()).find(
+                "devices/console[@tty]"
+            )
+        finally:
+            connection.close()
+        assert console is not None, f"{uuid} has no console"
+        said = b""
+        terminal = os.open(console.get("tty") or "", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+
+        def ready() -> bool:
+            nonlocal said
+            with contextlib.suppress(BlockingIOError):
+                said += os.read(terminal, 65536)
+            return b"BULKHEAD ready" in said
+
+        try:
+            wait_until(ready, 100.0, f"the guest's greeting ({said!r})")
+        finally:
+            os.close(terminal)
+
+
+@contextlib.contextmanager
+def xen(guest: Path, virt_mode: str) -> Iterator[XenBench]:
+    """The Xen of this machine; guest: a folder with vmlinux and initramfs.gz."""
+    with short_directory() as folder:
+        for name in ("vmlinux", "initramfs.gz"):
+            (folder / name).symlink_to(guest / name)
+        try:
+            yield XenBench(folder, virt_mode)
+        finally:
+            for path in folder.glob("disk-*.img"):
+                used = subprocess.run(
+                    ["losetup", "--noheadings", "--output", "NAME", "--associated", path],
+                    check=True, capture_output=True, text=True,
+                )  # fmt: skip
+                for device in used.stdout.split():
+                    subprocess.run(["losetup", "--detach", device], check=True)
+
+
 async def until(check: Callable[[], bool], seconds: float, what: str) -> None:
     """Let the loop turn until check() holds. TimeoutError that says what never came."""
     end = time.monotonic() + seconds
@@ -340,4 +434,4 @@ async def until(check: Callable[[], bool], seconds: float, what: str) -> None:
 
 
 __all__ = ["Bench", "QemuBench", "SimBench", "TestDriverBench", "process", "qemu", "replace",
-           "short_directory", "simulation", "until", "wait_until"]  # fmt: skip
+           "XenBench", "short_directory", "simulation", "until", "wait_until", "xen"]  # fmt: skip

@@ -6,7 +6,9 @@ Where a hypervisor cannot do a thing, it must say so: that is tested, not skippe
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -19,26 +21,31 @@ from services.domains.adapters.hypervisor import (
 )
 from services.domains.core.spec import DomainSpec
 
-from .hypervisor_benches import Bench, TestDriverBench, qemu, replace, simulation, until
+from .hypervisor_benches import Bench, TestDriverBench, qemu, replace, simulation, until, xen
 
 Scenario = Callable[[Hypervisor, list[Event]], Awaitable[None]]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        "simulation",
-        "libvirt-test",
-        pytest.param("qemu-system", marks=pytest.mark.integration),
-        pytest.param("qemu-session", marks=pytest.mark.integration),
-    ],
-)
+# In a domain 0: the folder of the guest that is started there. Nothing else is tried then.
+XEN_GUEST = os.environ.get("BULKHEAD_XEN_GUEST", "")
+BENCHES = [
+    "simulation",
+    "libvirt-test",
+    pytest.param("qemu-system", marks=pytest.mark.integration),
+    pytest.param("qemu-session", marks=pytest.mark.integration),
+]
+
+
+@pytest.fixture(scope="module", params=["xen-pv", "xen-pvh"] if XEN_GUEST else BENCHES)
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     if request.param == "simulation":
         with simulation() as sim:
             yield sim
     elif request.param == "libvirt-test":
         yield TestDriverBench()
+    elif request.param.startswith("xen-"):
+        with xen(Path(XEN_GUEST), request.param.removeprefix("xen-")) as host:
+            yield host
     else:
         with qemu(64002 if request.param == "qemu-session" else 0) as real:
             yield real
@@ -78,7 +85,7 @@ async def refused(call: Awaitable[object]) -> Failure:
 def test_the_host_is_known(bench: Bench) -> None:
     async def scenario(hypervisor: Hypervisor, _: list[Event]) -> None:
         host = await hypervisor.host(bench.patience)
-        assert host.kind in ("sim", "qemu", "kvm", "test")
+        assert host.kind in ("sim", "qemu", "kvm", "test", "xen")
         assert host.memory_kib > 512 * 1024
         assert host.cpus >= 1
         assert host.free_kib is None or 0 < host.free_kib <= host.memory_kib
@@ -281,6 +288,7 @@ def test_suspend_to_memory_works_or_is_unsupported(bench: Bench) -> None:
         if "pm_suspend" not in bench.abilities:
             assert await refused(suspend) is Failure.UNSUPPORTED
             return
+        await asyncio.to_thread(bench.running, spec.uuid)
         await suspend
         assert await power(hypervisor, spec) == "pmsuspended"
         await hypervisor.wake(spec.uuid, bench.patience)
