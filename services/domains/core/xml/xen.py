@@ -139,10 +139,11 @@ def _clock(root: ET.Element, spec: DomainSpec) -> None:
 def _from_file(row: DiskSpec, spec: DomainSpec, flavour: Flavour) -> DiskSpec:
     """Without Qubes' script a file comes from a device model in dom0.
 
-    That opens a file that is read-only for a CD-ROM alone: anything else is missing in the
-    guest, and nobody is told. A guest of PV drivers sees the same disk either way.
+    That of QEMU 7.2 opens a file that is read-only for a CD-ROM alone: anything else is
+    missing in the guest, and nobody is told. A PV guest sees the same disk either way; Linux
+    in PVH leaves CD-ROMs to an emulation that it does not have.
     """
-    if flavour.qubes or spec.virt_mode == "hvm" or row.block or row.rw or row.backend:
+    if flavour.qubes or spec.virt_mode != "pv" or row.block or row.rw or row.backend:
         return row
     return replace(row, devtype="cdrom")
 
