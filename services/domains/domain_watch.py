@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -187,15 +188,22 @@ class DomainWatch:
             self._background.spawn(self._look(uuid))
 
     async def _look(self, uuid: str) -> None:
+        with contextlib.suppress(HypervisorError):  # the inventory at reconnection finds it
+            await self.look(uuid)
+
+    async def look(self, uuid: str) -> Domain | None:
+        """As refresh, until the domain answers, however long that takes.
+
+        HypervisorError UNAVAILABLE when the hypervisor itself went away.
+        """
         while True:
             # From here on a new event needs a look of its own.
             self._watched.discard(uuid)
             try:
-                await self.refresh(uuid, DESCRIBE_S)
-                return
+                return await self.refresh(uuid, DESCRIBE_S)
             except HypervisorError as error:
                 if error.failure is Failure.UNAVAILABLE:
-                    return  # the inventory at reconnection finds it
+                    raise
                 self._log.warning("domain %s could not be looked at: %s", uuid, error.message)
             await asyncio.sleep(RETRY_S)
 

@@ -79,6 +79,7 @@ class HypervisorNews:
         while True:
             try:
                 host = await self._hypervisor.host(DESCRIBE_S)
+                existing = await self._hypervisor.existing(DESCRIBE_S)
                 before = self._domains.generations()
                 domains = await self._hypervisor.inventory(DESCRIBE_S)
                 break
@@ -91,6 +92,14 @@ class HypervisorNews:
         self._reporter.put([self._host_fact(host)])
         for domain in domains:
             self._domains.take(domain, before)
+        # A complete picture without a domain that is only slow would say that its boot is
+        # over, and its volumes would be put away under a guest that runs.
+        silent = existing - {domain.uuid for domain in domains}
+        try:
+            late = await asyncio.gather(*map(self._domains.look, sorted(silent)))
+        except HypervisorError:
+            return  # the next connection takes over
+        domains += tuple(domain for domain in late if domain is not None)
         present = {domain.uuid: domain.boot_id for domain in domains if domain.boot_id}
         for fact in self._domains.facts():
             if present.get(fact.uuid) != fact.boot_id:

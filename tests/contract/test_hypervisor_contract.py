@@ -116,6 +116,7 @@ def test_a_domain_is_created_paused_and_carries_its_boot(bench: Bench) -> None:
         assert made.vcpus == spec.vcpus
         assert await power(hypervisor, spec) == "paused"
         assert spec.uuid in {d.uuid for d in await hypervisor.inventory(10)}
+        assert spec.uuid in await hypervisor.existing(10)
         await until(lambda: any(e.uuid == spec.uuid for e in events), 5, "news of the start")
 
     run(bench, scenario)

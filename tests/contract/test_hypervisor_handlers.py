@@ -15,9 +15,11 @@ from bulkhead.api import control_pb2
 from bulkhead.api import domains_pb2 as pb
 from bulkhead.bus.dispatch import Call
 from bulkhead.bus.errors import BusError
-from bulkhead.model.records import ADMINVM_UUID, DeviceFact, HostFact
+from bulkhead.model.records import ADMINVM_UUID, DeviceFact, HostFact, PowerFact
 from services.domains.adapters.guest_keys import Boot, FileKeys
+from services.domains.adapters.hypervisor import Domain, Failure, Hypervisor, HypervisorError
 from services.domains.adapters.qmemman import MemoryManager
+from services.domains.adapters.sim_adapter import SimHypervisor
 from services.domains.core.reasons import REASONS
 from services.domains.core.spec import DomainSpec, InterfaceSpec
 from services.domains.qube_queue import WAITERS
@@ -315,6 +317,55 @@ def test_domains_restarts_and_adopts_every_boot(sim: SimBench, tmp_path: Path) -
     run(sim, tmp_path, before)
     sim.control.poweroff(ends.uuid)
     run(sim, tmp_path, after)
+
+
+class Slow(SimHypervisor):
+    """A domain exists, and says nothing when it is first asked for."""
+
+    silent = ""
+    asked = 0
+
+    async def inventory(self, timeout: float) -> tuple[Domain, ...]:
+        return tuple(d for d in await super().inventory(timeout) if d.uuid != self.silent)
+
+    async def describe(self, uuid: str, timeout: float) -> Domain | None:
+        if uuid == self.silent:
+            self.asked += 1
+            if self.asked < 3:
+                raise HypervisorError(Failure.TIMEOUT, "it did not answer in time")
+        return await super().describe(uuid, timeout)
+
+
+def test_a_domain_that_answers_late_is_adopted_before_the_picture_is_complete(
+    sim: SimBench, tmp_path: Path
+) -> None:
+    spec = sim.spec(17)
+
+    def connect() -> Hypervisor:
+        made = Slow(sim.root / "run/bulkhead/simhv/hv.sock")
+        made.silent = spec.uuid
+        hypervisors.append(made)
+        return made
+
+    async def before(running: Service) -> None:
+        await started(running, spec)
+        await running.handlers.write_guest_keys(
+            pb.WriteGuestKeysRequest(boot=boot(spec), keys=[pb.GuestKey(path="/a", value="b")]),
+            call(),
+        )
+
+    async def after() -> None:
+        async with service(connect, tmp_path) as running:
+            assert hypervisors[0].asked == 3
+            # What the first complete picture left out would be taken for the end of its boot.
+            assert running.listener.complete == 1
+            fact = running.listener.held[f"power/{spec.uuid}"]
+            assert isinstance(fact, PowerFact) and fact.power == "running"
+            assert (running.keys / f"{spec.uuid}.json").exists()
+
+    hypervisors: list[Slow] = []
+    run(sim, tmp_path, before)
+    asyncio.run(asyncio.wait_for(after(), 60))
 
 
 def test_the_hypervisor_ends_and_everything_is_told_as_gone(tmp_path: Path) -> None:

@@ -144,7 +144,10 @@ class Hypervisor(Protocol):
         """Memory and CPU of dom0 now."""
 
     async def inventory(self, timeout: float) -> tuple[Domain, ...]:
-        """Every existing domain, those without boot id too."""
+        """Every existing domain that answers in time, those without boot id too."""
+
+    async def existing(self, timeout: float) -> frozenset[str]:
+        """The uuid of every existing domain, whether it answers or not."""
 
     async def describe(self, uuid: str, timeout: float) -> Domain | None:
         """The domain now, None when there is none."""

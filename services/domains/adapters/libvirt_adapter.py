@@ -210,15 +210,22 @@ class LibvirtHypervisor:
             return AdminUsage(used, total_kib, spent["kernel"] + spent["user"], cpus)
         return AdminUsage(total_kib, total_kib, 0, cpus)
 
-    async def inventory(self, timeout: float) -> tuple[Domain, ...]:
-        def call(connection: libvirt.virConnect) -> list[str]:
+    async def existing(self, timeout: float) -> frozenset[str]:
+        def call(connection: libvirt.virConnect) -> frozenset[str]:
             handles = connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
-            return [handle.UUIDString() for handle in handles]
+            return frozenset(handle.UUIDString() for handle in handles)
 
-        uuids = await self._read.run(call, timeout)
-        found = await asyncio.gather(
-            *(self.describe(uuid, min(timeout, LOOK_S)) for uuid in uuids), return_exceptions=True
-        )
+        return await self._read.run(call, timeout)
+
+    async def inventory(self, timeout: float) -> tuple[Domain, ...]:
+        uuids = sorted(await self.existing(timeout))
+        turns = asyncio.Semaphore(READERS)  # a look's time counts from its own beginning
+
+        async def look(uuid: str) -> Domain | None:
+            async with turns:
+                return await self.describe(uuid, min(timeout, LOOK_S))
+
+        found = await asyncio.gather(*map(look, uuids), return_exceptions=True)
         domains = []
         for uuid, domain in zip(uuids, found, strict=True):
             if isinstance(domain, Domain):

@@ -137,6 +137,9 @@ class WithNamespaces:
     async def admin_usage(self, timeout: float) -> AdminUsage:
         return await self.behind.admin_usage(timeout)
 
+    async def existing(self, timeout: float) -> frozenset[str]:
+        return await self.behind.existing(timeout) | self._domains.keys()
+
     async def inventory(self, timeout: float) -> tuple[Domain, ...]:
         return (*self._domains.values(), *await self.behind.inventory(timeout))
 

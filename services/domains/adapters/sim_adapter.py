@@ -223,6 +223,9 @@ class SimHypervisor:
     async def admin_usage(self, timeout: float) -> AdminUsage:
         return AdminUsage(**await self._call("admin_usage", timeout))
 
+    async def existing(self, timeout: float) -> frozenset[str]:
+        return frozenset(await self._call("existing", timeout))
+
     async def inventory(self, timeout: float) -> tuple[Domain, ...]:
         return tuple(_domain(shown) for shown in await self._call("inventory", timeout))
 

@@ -101,6 +101,9 @@ class Machine:
         memory = DOM0_MAXMEM_MIB * 1024
         return {"memory_kib": memory, "memory_max_kib": memory, "cpu_time_ns": 0, "vcpus": CPUS}
 
+    def existing(self) -> list[str]:
+        return sorted(self._domains)
+
     def inventory(self) -> list[dict[str, Any]]:
         return [self._shown(domain) for domain in self._domains.values()]
 
@@ -403,6 +406,7 @@ class Machine:
 # The calls that domains makes; a fault can be put on each.
 CALLS: tuple[str, ...] = (
     "admin_usage",
+    "existing",
     "host",
     "devices",
     "inventory",
